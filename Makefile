@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make train`, `make test`. Both build .venv first.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help train test check docs clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"consistency needs Python 3.10 to 3.13, {sys.executable} is {v[0]}.{v[1]}; use make PYTHON=/path/to/python3")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (torch is large: a minute or two the first time) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+train: $(INSTALLED)  ## Train iCT on real digits: about 3 minutes on 2 cores, writes outputs/digits_ict/
+	@$(BIN)/consistency-train experiment=digits_ict $(ARGS)
+
+test: $(INSTALLED)  ## Run the whole test suite (ARGS='-k samplers' for a part)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)  ## Lint, format, spelling, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
+	@$(BIN)/mypy
+
+docs: $(INSTALLED)  ## Rebuild the tables and pictures of the docs from the runs under outputs/
+	@$(BIN)/python experiments/measure_digits.py $(ARGS)
+
+clean:  ## Remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""Consistency models on PyTorch Lightning and Hydra: EDM, CD, CT, iCT and ECT.
+
+The names below are imported on first use, so that `import consistency` costs next to nothing and
+`consistency-train --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Denoiser": "consistency.models.denoiser",
+    "UNet": "consistency.models.unet",
+    "load_denoiser": "consistency.checkpoints.io",
+    "save_denoiser": "consistency.checkpoints.io",
+    "EDM": "consistency.methods.edm",
+    "ConsistencyDistillation": "consistency.methods.distillation",
+    "ConsistencyTraining": "consistency.methods.training",
+    "ConsistencySampler": "consistency.sampling.samplers",
+    "OdeSampler": "consistency.sampling.samplers",
+    "consistency_loss": "consistency.losses.consistency",
+    "denoising_loss": "consistency.losses.denoising",
+    "karras_grid": "consistency.noise.grids",
+    "to_uint8": "consistency.ops",
+}
+
+__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from consistency.checkpoints.io import load_denoiser, save_denoiser
+    from consistency.losses.consistency import consistency_loss
+    from consistency.losses.denoising import denoising_loss
+    from consistency.methods.distillation import ConsistencyDistillation
+    from consistency.methods.edm import EDM
+    from consistency.methods.training import ConsistencyTraining
+    from consistency.models.denoiser import Denoiser
+    from consistency.models.unet import UNet
+    from consistency.noise.grids import karras_grid
+    from consistency.ops import to_uint8
+    from consistency.sampling.samplers import ConsistencySampler, OdeSampler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'consistency' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,76 @@
+"""Metrics as a CSV file that survives a resume."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class CsvLogger(Logger):
+    """`metrics.csv`: one row a step, columns as they appear.
+
+    Lightning's own logger deletes the file of the run that it resumes. This one keeps it, and drops the rows past the
+    checkpoint that the run resumes from, so that no step is lost or doubled.
+
+    Args:
+        save_dir: Folder of the file.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self._columns: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """None is kept."""
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> None:
+        """There is no object behind this logger."""
+        return
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run directory holds the configuration."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write one row."""
+        row = {"step": step, **metrics}
+        if self._columns is None:
+            rows = [old for old in self._read() if int(old["step"]) < (step or 0)]
+            self._columns = list(rows[0]) if rows else []
+            self._rewrite(rows)
+        if new := [name for name in row if name not in self._columns]:
+            rows = self._read()
+            self._columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns or ["step"])
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)

@@ -1,0 +1,96 @@
+"""Looking at the model while it trains: grids of samples from fixed seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from consistency.callbacks.averaging import WeightEMA
+from consistency.data.files import image_grid, save_grid
+from consistency.ops import derive_seed, randn_of_seeds, to_uint8
+
+
+class SampleGrid(Callback):
+    """Every n images (and at the end) a PNG of samples for each sampler, from the same seeds each time.
+
+    Samples come from the first average of `WeightEMA`, or from the raw weights where there is none. Pictures go to
+    `dirpath` and to every logger that takes images. The random state of training is not touched.
+
+    Args:
+        dirpath: Folder of the pictures.
+        samplers: Name -> sampler.
+        every_n_images: Images seen between two grids; 0 for the end only.
+        num_samples: Images a grid.
+        seed: Of the samples.
+    """
+
+    def __init__(
+        self,
+        dirpath: str,
+        samplers: dict[str, Callable[..., Tensor]],
+        *,
+        every_n_images: int = 0,
+        num_samples: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.dirpath, self.samplers = Path(dirpath), samplers
+        self.every_n_images, self.num_samples, self.seed = every_n_images, num_samples, seed
+        self._next = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Find the next multiple of `every_n_images`."""
+        if self.every_n_images:
+            self._next = (pl_module.progress.images_seen // self.every_n_images + 1) * self.every_n_images
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Sample when it is due."""
+        progress = pl_module.progress
+        if progress.pending:
+            return
+        is_due = self.every_n_images and progress.images_seen >= self._next
+        if is_due:
+            self._next += self.every_n_images
+        if (is_due or progress.step == trainer.max_steps) and trainer.is_global_zero:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Sample and write one grid a sampler."""
+        average = next((callback for callback in trainer.callbacks if isinstance(callback, WeightEMA)), None)
+        if average is None:
+            self._write(trainer, pl_module, "raw")
+        else:
+            with average.applied(pl_module) as weights:
+                self._write(trainer, pl_module, weights)
+
+    @torch.no_grad()
+    def _write(self, trainer: L.Trainer, pl_module: Any, weights: str) -> None:
+        denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
+        was_training = denoiser.training
+        denoiser.eval()
+        seeds = [derive_seed(self.seed, index) for index in range(self.num_samples)]
+        labels = None
+        if denoiser.num_classes:
+            labels = torch.arange(self.num_samples, device=pl_module.device) % denoiser.num_classes
+        for name, sampler in self.samplers.items():
+            randn_like = randn_of_seeds(seeds, denoiser.image_shape)
+            noise = randn_like(torch.empty(0, device=pl_module.device))
+            images = to_uint8(sampler(denoiser, noise, labels, randn_like)).cpu()
+            save_grid(images, self.dirpath / f"{name}_{images_seen:09d}.png")
+            for logger in trainer.loggers:
+                _log_image(logger, f"samples/{name} ({weights})", image_grid(images), pl_module.progress.step)
+        denoiser.train(was_training)
+
+
+def _log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
+    """Send a uint8 picture [3, H, W] to a logger that takes images; others already have the file."""
+    if hasattr(logger, "log_image"):  # WandbLogger
+        logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()])
+    elif hasattr(logger.experiment, "add_image"):  # TensorBoardLogger
+        logger.experiment.add_image(name, image, global_step=step)

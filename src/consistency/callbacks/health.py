@@ -1,0 +1,83 @@
+"""What a run reports while it trains: losses, losses per noise level, schedules, gradient norm, throughput."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+# Edges of ln sigma between the bands of `loss_level_*`: below, between and above these.
+LEVEL_EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
+
+
+class TrainingLog(Callback):
+    """Every n optimizer steps, one row to every logger: means over these steps, not the last value.
+
+    The loss of consistency training says little by itself (it jumps with each change of N(k)); the loss per band of
+    sigma and N(k) beside it do. Sums stay on the device, so that logging does not stall it in between.
+
+    Args:
+        every_n_steps: Optimizer steps a row.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}; change callbacks.log.every_n_steps")
+        self.every_n_steps = every_n_steps
+        self._edges = torch.tensor(LEVEL_EDGES).log()
+        self.last: dict[str, float] = {}
+        self._reset(0, 0)
+
+    def _reset(self, step: int, images: int) -> None:
+        self._last_step, self._last_images, self._since = step, images, time.perf_counter()
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._reset(pl_module.progress.step, pl_module.progress.images_seen)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Keep the gradient norm of the step that will be logged; unscaled under fp16."""
+        if (pl_module.progress.step + 1) % self.every_n_steps == 0:
+            grads = [p.grad for p in pl_module.denoiser.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(grads)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Add up; write a row when it is due."""
+        loss, sigma = outputs["per_sample"].float(), outputs["sigma"]
+        band = torch.bucketize(sigma.log(), self._edges.to(sigma.device))
+        if self._sums is None or self._counts is None:
+            self._sums = torch.zeros(len(LEVEL_EDGES) + 1, device=loss.device)
+            self._counts = torch.zeros_like(self._sums)
+        self._sums.index_add_(0, band, loss)
+        self._counts.index_add_(0, band, torch.ones_like(loss))
+
+        step = pl_module.progress.step
+        if step == self._last_step or (step % self.every_n_steps and step != trainer.max_steps):
+            return
+        images = pl_module.progress.images_seen
+        seconds = time.perf_counter() - self._since
+        sums, counts = self._sums.tolist(), self._counts.tolist()
+        row = {"loss": sum(sums) / sum(counts)}
+        row |= {f"loss_level_{i}": s / c for i, (s, c) in enumerate(zip(sums, counts, strict=True)) if c}
+        row |= outputs["schedule"]
+        if self._grad_norm is not None:
+            row["grad_norm"] = self._grad_norm.item()
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["images_seen"] = images
+        row["images_per_second"] = (images - self._last_images) / max(seconds, 1e-9)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+        self.last = row
+        self._reset(step, images)
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {step}; lower optimizer.lr, or use precision=fp32 if this run used fp16"
+            )

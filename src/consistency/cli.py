@@ -1,0 +1,47 @@
+"""The commands. Nothing heavy is imported until a configuration has been checked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from consistency import config
+
+config.register()
+_MAIN = {"config_path": str(config.CONF_DIR), "version_base": "1.3"}
+
+
+@hydra.main(**_MAIN, config_name="train")
+def train(cfg: DictConfig) -> float | None:
+    """consistency-train: train a model, or continue its training."""
+
+    def job() -> float | None:
+        config.validate(cfg)
+        from consistency.runs import train
+
+        return train(cfg)
+
+    return _one_line_errors(job)
+
+
+@hydra.main(**_MAIN, config_name="sample")
+def sample(cfg: DictConfig) -> None:
+    """consistency-sample: images from a trained model."""
+
+    def job() -> None:
+        from consistency.runs import sample
+
+        sample(cfg)
+
+    _one_line_errors(job)
+
+
+def _one_line_errors(job: Any) -> Any:
+    """Mistakes in the configuration end in one line, not in a traceback."""
+    try:
+        return job()
+    except ValueError as error:
+        sys.exit(f"consistency: {error}")

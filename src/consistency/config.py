@@ -1,0 +1,130 @@
+"""Where the configuration lies, how it is composed, and what is checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+_PACKAGE = Path(__file__).parent
+# Inside the package when installed from a wheel, at the top of the repository otherwise.
+_ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1]
+CONF_DIR = _ROOT / "conf"
+EXPERIMENTS_DIR = _ROOT / "experiments"
+
+# Overrides below these keys leave the result of a run as it is, and so its name.
+_NEUTRAL = (
+    "run_name",
+    "overwrite",
+    "logger",
+    "paths",
+    "hydra",
+    "data.num_workers",
+    "callbacks.progress",
+    "callbacks.log",
+    "callbacks.sample_grid",
+    "callbacks.checkpoint",
+)
+
+
+class ExperimentsSearchPath(SearchPathPlugin):
+    """Makes `experiments/` a second root of configuration: `experiment=`, `ablation=`, `sweep=`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the folder."""
+        search_path.append(provider="consistency", path=f"file://{EXPERIMENTS_DIR}")
+
+
+def register() -> None:
+    """Tell Hydra of the search path and the resolver; harmless when repeated."""
+    plugins = Plugins.instance()
+    if ExperimentsSearchPath not in plugins.discover(SearchPathPlugin):
+        plugins.register(ExperimentsSearchPath)
+    OmegaConf.register_new_resolver("consistency.run_name", run_name, replace=True)
+
+
+def run_name(choices: DictConfig, overrides: Sequence[str]) -> str:
+    """Stable name of a run: the experiment (or method and data), and a hash of overrides that change the result.
+
+    `digits_ict`, or `digits_ict-5f2a90` with `optimizer.lr=1e-4`; the same command always finds its run again.
+    """
+    experiment = choices.get("experiment")
+    base = Path(experiment).name if experiment else f"{choices.get('method')}_{choices.get('data')}"
+    changing = sorted(
+        override
+        for override in overrides
+        if not override.startswith("experiment=") and not _is_neutral(override.lstrip("+~").split("=")[0])
+    )
+    if not changing:
+        return base
+    return f"{base}-{hashlib.sha256(' '.join(changing).encode()).hexdigest()[:6]}"
+
+
+def _is_neutral(key: str) -> bool:
+    return any(key == neutral or key.startswith((f"{neutral}.", f"{neutral}@")) for neutral in _NEUTRAL)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check what can be checked without torch, so that a wrong configuration fails in a second.
+
+    Raises:
+        ValueError: one line that says what was got, what is allowed and which option to change.
+    """
+    _require(cfg.trainer.max_steps >= 1, "trainer.max_steps", cfg.trainer.max_steps, "at least 1")
+    _require(cfg.data.batch_size >= 1, "data.batch_size", cfg.data.batch_size, "at least 1")
+    _require(
+        isinstance(cfg.optimizer.lr, int | float) and cfg.optimizer.lr > 0,
+        "optimizer.lr",
+        cfg.optimizer.lr,
+        "a positive number",
+    )
+    _require(
+        0 < cfg.noise.sigma_min < cfg.noise.sigma_max,
+        "noise.sigma_min",
+        cfg.noise.sigma_min,
+        f"between 0 and noise.sigma_max={cfg.noise.sigma_max}",
+    )
+    if cfg.get("network") is not None:
+        factor = 2 ** (len(cfg.network.channel_mult) - 1)
+        _require(
+            cfg.data.image_size % factor == 0,
+            "network.channel_mult",
+            list(cfg.network.channel_mult),
+            f"short enough that data.image_size={cfg.data.image_size} can be halved {len(cfg.network.channel_mult) - 1} times",
+        )
+    method = cfg.method._target_.rpartition(".")[2]
+    draw = cfg.draw._target_.rpartition(".")[2]
+    single = draw == "LogNormal"
+    _require(
+        single == (method == "EDM"),
+        "draw",
+        draw,
+        "lognormal (one level an image)" if method == "EDM" else "uniform_index, lognormal_index or ratio (pairs)",
+    )
+    if method == "EDM":
+        _require(
+            not cfg.weighting._target_.endswith("inverse_gap"),
+            "weighting",
+            "inverse_gap",
+            "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm",
+        )
+    for option in ("teacher", "init_from"):
+        source = cfg.get(option)
+        if source is not None:
+            _require(
+                Path(source).exists(),
+                option,
+                source,
+                f"an existing run, model folder or .ckpt file; train one first, e.g. consistency-train experiment={Path(source).name}",
+            )
+
+
+def _require(condition: bool, option: str, got: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{option} is {got}; allowed: {allowed}")

@@ -1,0 +1,1 @@
+"""LightningModules: EDM, consistency distillation and consistency training. Thin: mathematics lives below."""

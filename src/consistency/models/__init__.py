@@ -1,0 +1,1 @@
+"""Networks: layers, one UNet, the preconditioned denoiser around it, and averages of weights. torch.nn only."""

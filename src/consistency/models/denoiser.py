@@ -1,0 +1,127 @@
+"""The shared preconditioned backbone: D(x; sigma) of EDM and f(x, sigma) of consistency models."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from consistency.models.unet import UNet
+from consistency.noise.grids import SIGMA_MAX, SIGMA_MIN, check_range
+from consistency.ops import append_dims
+
+
+class Scalings(NamedTuple):
+    """c_skip, c_out, c_in, each with the shape of sigma."""
+
+    skip: Tensor
+    out: Tensor
+    input: Tensor
+
+
+def consistency_scalings(sigma: Tensor, *, sigma_data: float = 0.5, boundary: float = SIGMA_MIN) -> Scalings:
+    """Scalings with f(x, boundary) = x exactly (CM, App. C; iCT, Eq. 2).
+
+    c_skip = sd^2 / ((sigma - boundary)^2 + sd^2), c_out = (sigma - boundary) sd / sqrt(sigma^2 + sd^2),
+    c_in = 1 / sqrt(sigma^2 + sd^2); only the first two are shifted.
+    """
+    total = torch.sqrt(sigma**2 + sigma_data**2)
+    shifted = sigma - boundary
+    return Scalings(sigma_data**2 / (shifted**2 + sigma_data**2), shifted * sigma_data / total, 1 / total)
+
+
+def edm_scalings(sigma: Tensor, *, sigma_data: float = 0.5) -> Scalings:
+    """Scalings of EDM (Table 1): the same formula with its boundary at sigma = 0."""
+    return consistency_scalings(sigma, sigma_data=sigma_data, boundary=0.0)
+
+
+class Denoiser(nn.Module):
+    """c_skip x + c_out F(c_in x, c_noise, labels), always fully preconditioned: [B, C, H, W] -> [B, C, H, W].
+
+    Preconditioning runs in float32 whatever the precision of the network. c_noise = noise_scale * ln(sigma).
+
+    Args:
+        network: The raw network F.
+        boundary: Level at which the model is the identity: 0 for EDM and ECT, `sigma_min` for CD, CT and iCT.
+        sigma_data: Standard deviation of the data, in units of [-1, 1].
+        sigma_min: Smallest noise level of the model.
+        sigma_max: Largest noise level, where sampling starts.
+        noise_scale: 0.25 (EDM, iCT) or 250 (OpenAI's published weights). 250 makes the embedding a thousand times as
+            sensitive, which continuous or fine grids do not bear.
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        *,
+        boundary: float = SIGMA_MIN,
+        sigma_data: float = 0.5,
+        sigma_min: float = SIGMA_MIN,
+        sigma_max: float = SIGMA_MAX,
+        noise_scale: float = 0.25,
+    ) -> None:
+        super().__init__()
+        check_range(sigma_min, sigma_max)
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}; change noise.sigma_data")
+        self.network = network
+        self.boundary = boundary
+        self.sigma_data = sigma_data
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.noise_scale = noise_scale
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything needed to build this denoiser again, as plain values."""
+        own = ("boundary", "sigma_data", "sigma_min", "sigma_max", "noise_scale")
+        return {"network": self.network.config, **{name: getattr(self, name) for name in own}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Denoiser:
+        """Inverse of `config`; weights are fresh."""
+        config = dict(config)
+        return cls(UNet(**config.pop("network")), **config)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """`config` travels in every state dict, so that a checkpoint says what it holds."""
+        return self.config
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuse the state of a denoiser that was built otherwise."""
+        mine, theirs = _flat(self.config), _flat(state)
+        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if different:
+            listed = ", ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in different)
+            raise ValueError(f"the checkpoint is of another model ({listed}); use its settings or another run_name")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return (self.network.in_channels, self.network.image_size, self.network.image_size)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 if unconditional."""
+        return self.network.num_classes
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The clean image that the model sees behind `x`; float32 [B, C, H, W].
+
+        Args:
+            x: [B, C, H, W], image plus noise of standard deviation sigma.
+            sigma: [B], positive.
+            labels: [B] int64; an unconditional model ignores them.
+        """
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(f"sigma must have shape [{len(x)}] (one level an image), got {list(sigma.shape)}")
+        x, sigma = x.float(), sigma.float()
+        c = consistency_scalings(sigma, sigma_data=self.sigma_data, boundary=self.boundary)
+        c_noise = self.noise_scale * sigma.log()
+        raw = self.network(append_dims(c.input, x.ndim) * x, c_noise, labels if self.num_classes else None)
+        return append_dims(c.skip, x.ndim) * x + append_dims(c.out, x.ndim) * raw.float()
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in config.items() if key != "network"}, **config["network"]}

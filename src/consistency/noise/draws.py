@@ -1,0 +1,125 @@
+"""Where to train: which noise levels a batch sees.
+
+A draw of one level is `(step, batch_size, device) -> sigma`, of a pair `-> (sigma_lo, sigma_hi)`; float32 [B].
+Indices and lognormals are drawn on the CPU from the global random state, then moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consistency.noise.grids import RHO, SIGMA_MAX, SIGMA_MIN, karras_grid
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln sigma ~ N(mean, std^2), unclipped (EDM, Table 1: P_mean = -1.2, P_std = 1.2)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+        """sigma [B]."""
+        return torch.exp(self.mean + self.std * torch.randn(batch_size)).to(device)
+
+    def describe(self, step: int) -> dict[str, float]:
+        """What a log should say of this step: nothing, the draw does not change."""
+        return {}
+
+
+def uniform_index(sigmas: Tensor) -> Tensor:
+    """p(n) = 1 / (N - 1) for each gap of the increasing grid; float64 [N - 1] (CM, Eq. 7 and Alg. 2, 3)."""
+    return torch.full((len(sigmas) - 1,), 1 / (len(sigmas) - 1), dtype=torch.float64)
+
+
+def lognormal_index(sigmas: Tensor, *, mean: float = -1.1, std: float = 2.0) -> Tensor:
+    """p(n) of iCT Eq. 10: the lognormal's mass in each gap of the increasing grid; float64 [N - 1], sums to 1.
+
+    p(i) ~ erf((ln sigma_{i+1} - mean) / (sqrt(2) std)) - erf((ln sigma_i - mean) / (sqrt(2) std)).
+    `mean` is negative: public re-implementations that use +1.1 train at the wrong levels.
+    """
+    cdf = torch.erf((sigmas.double().log() - mean) / (math.sqrt(2) * std))
+    mass = cdf.diff()
+    return mass / mass.sum()
+
+
+@dataclass(frozen=True)
+class GridPairs:
+    """Neighbours on the Karras grid with N(k) points: (sigmas[n], sigmas[n + 1]), n ~ p (CM, Alg. 2, 3; iCT, Eq. 10).
+
+    The grid is made anew for each batch, because N changes over training.
+
+    Args:
+        num_levels: N(k), from `noise.curricula`.
+        index: Increasing grid [N] -> probabilities [N - 1]: `uniform_index` or `lognormal_index`.
+    """
+
+    num_levels: Callable[[int], int]
+    index: Callable[[Tensor], Tensor]
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+    rho: float = RHO
+
+    def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sigma_lo, sigma_hi), each [B]."""
+        sigmas = karras_grid(
+            self.num_levels(step), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
+        )
+        n = torch.multinomial(self.index(sigmas), batch_size, replacement=True)
+        sigmas = sigmas.float()
+        return sigmas[n].to(device), sigmas[n + 1].to(device)
+
+    def describe(self, step: int) -> dict[str, float]:
+        """{"num_levels": N(step)}."""
+        return {"num_levels": self.num_levels(step)}
+
+
+@dataclass(frozen=True)
+class RatioPairs:
+    """Pairs of ECT (Geng et al. 2024): sigma_hi lognormal, sigma_lo = sigma_hi * r(sigma_hi, stage).
+
+    r = max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b sigma_hi))), stage = floor(step / steps_per_stage). In stage 0 low
+    levels have sigma_lo = 0, where the target is the clean image: the first stage is close to diffusion training.
+
+    Args:
+        steps_per_stage: Optimizer steps between two tightenings. ECT: 3.2 million images, i.e. 25,000 at batch 128.
+        q: Base of the tightening; 2 by default, 256 for the one-hour recipe.
+        k: Strength of the sigmoid; 0 is the paper's constant mapping.
+        b: Slope of the sigmoid.
+        mean: P_mean of ln sigma_hi.
+        std: P_std of ln sigma_hi.
+    """
+
+    steps_per_stage: int
+    q: float = 2.0
+    k: float = 8.0
+    b: float = 1.0
+    mean: float = -1.1
+    std: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.steps_per_stage < 1:
+            raise ValueError(
+                f"steps_per_stage must be at least 1, got {self.steps_per_stage}; change draw.steps_per_stage"
+            )
+        if self.q <= 1:
+            raise ValueError(f"q must be greater than 1, got {self.q}; change draw.q")
+
+    def ratio(self, sigma: Tensor, step: int) -> Tensor:
+        """r(sigma, stage) in [0, 1), shape of `sigma`."""
+        gap = self.q ** -(step // self.steps_per_stage + 1) * (1 + self.k * torch.sigmoid(-self.b * sigma))
+        return torch.clamp(1 - gap, min=0)
+
+    def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sigma_lo, sigma_hi), each [B]; sigma_lo may be 0."""
+        sigma_hi = torch.exp(self.mean + self.std * torch.randn(batch_size))
+        return (sigma_hi * self.ratio(sigma_hi, step)).to(device), sigma_hi.to(device)
+
+    def describe(self, step: int) -> dict[str, float]:
+        """{"stage": stage of this step}."""
+        return {"stage": step // self.steps_per_stage}

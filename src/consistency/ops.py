@@ -1,0 +1,82 @@
+"""Tensor operations that every layer needs: broadcasting, shared randomness, derived seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def append_dims(x: Tensor, ndim: int) -> Tensor:
+    """Append axes of length 1 until `x` has `ndim` of them: [B] -> [B, 1, 1, 1] for ndim 4.
+
+    Explicit, because [B] against [B, C, H, W] broadcasts silently along W whenever B == W.
+    """
+    if x.ndim > ndim:
+        raise ValueError(f"cannot append dimensions: the tensor has {x.ndim}, {ndim} were asked for")
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+@contextmanager
+def same_randomness(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Two forward passes with one dropout mask, on CPU and on CUDA (iCT, Sec. 3.1).
+
+    Yields `rewind`, which puts the random state back to what it was on entry:
+
+        with same_randomness(images.device) as rewind:
+            online = denoiser(x_hi, sigma_hi)
+            rewind()
+            target = denoiser(x_lo, sigma_lo)
+
+    Both the CPU generator and that of `device` are rewound: saving only the CPU state, as public code does,
+    leaves the masks on a GPU different.
+    """
+    cpu_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+
+    yield rewind
+
+
+def derive_seed(*keys: int) -> int:
+    """A 63-bit seed that is a fixed function of non-negative integers, e.g. (seed, rank, images seen).
+
+    Neighbouring keys give unrelated seeds, unlike `seed + rank`.
+    """
+    low, high = np.random.SeedSequence(keys).generate_state(2)
+    return int(low) | (int(high) & 0x7FFFFFFF) << 32
+
+
+def randn_of_seeds(seeds: list[int], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Standard normal noise in which row i depends on `seeds[i]` alone, whatever the batch.
+
+    Returns a function like `torch.randn_like`: each call draws the next [B, *shape] for these B seeds, on the CPU
+    (so that every device gets the same numbers), and moves it to the device and dtype of its argument.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def randn_like(x: Tensor) -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return noise.to(device=x.device, dtype=x.dtype)
+
+    return randn_like
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 by clamping and *rounding*; the identity on all 256 levels after `from_uint8`.
+
+    Truncation, as in much public code, darkens by half a grey level and moves FID.
+    """
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.float() / 127.5 - 1
