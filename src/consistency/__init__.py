@@ -27,7 +27,22 @@ _LAZY = {
     "to_uint8": "consistency.ops",
 }
 
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+__all__ = [
+    "EDM",
+    "ConsistencyDistillation",
+    "ConsistencySampler",
+    "ConsistencyTraining",
+    "Denoiser",
+    "OdeSampler",
+    "UNet",
+    "__version__",
+    "consistency_loss",
+    "denoising_loss",
+    "karras_grid",
+    "load_denoiser",
+    "save_denoiser",
+    "to_uint8",
+]
 
 if TYPE_CHECKING:
     from consistency.checkpoints.io import load_denoiser, save_denoiser

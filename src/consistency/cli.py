@@ -20,7 +20,7 @@ def train(cfg: DictConfig) -> float | None:
 
     def job() -> float | None:
         config.validate(cfg)
-        from consistency.runs import train
+        from consistency.runs.train import train
 
         return train(cfg)
 
@@ -32,7 +32,7 @@ def sample(cfg: DictConfig) -> None:
     """consistency-sample: images from a trained model."""
 
     def job() -> None:
-        from consistency.runs import sample
+        from consistency.runs.sample import sample
 
         sample(cfg)
 

@@ -91,13 +91,9 @@ def validate(cfg: DictConfig) -> None:
         f"between 0 and noise.sigma_max={cfg.noise.sigma_max}",
     )
     if cfg.get("network") is not None:
-        factor = 2 ** (len(cfg.network.channel_mult) - 1)
-        _require(
-            cfg.data.image_size % factor == 0,
-            "network.channel_mult",
-            list(cfg.network.channel_mult),
-            f"short enough that data.image_size={cfg.data.image_size} can be halved {len(cfg.network.channel_mult) - 1} times",
-        )
+        halvings, size = len(cfg.network.channel_mult) - 1, cfg.data.image_size
+        allowed = f"short enough that data.image_size={size} can be halved {halvings} times"
+        _require(size % 2**halvings == 0, "network.channel_mult", list(cfg.network.channel_mult), allowed)
     method = cfg.method._target_.rpartition(".")[2]
     draw = cfg.draw._target_.rpartition(".")[2]
     single = draw == "LogNormal"
@@ -117,12 +113,8 @@ def validate(cfg: DictConfig) -> None:
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
         if source is not None:
-            _require(
-                Path(source).exists(),
-                option,
-                source,
-                f"an existing run, model folder or .ckpt file; train one first, e.g. consistency-train experiment={Path(source).name}",
-            )
+            hint = f"train one first, e.g. consistency-train experiment={Path(source).name}"
+            _require(Path(source).exists(), option, source, f"an existing run, model folder or .ckpt file; {hint}")
 
 
 def _require(condition: bool, option: str, got: Any, allowed: str) -> None:

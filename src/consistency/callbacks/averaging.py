@@ -57,7 +57,9 @@ class WeightEMA(Callback):
     def __init__(self, decays: list[float], *, warmup: bool = True) -> None:
         decays = list(decays)
         if not decays or not all(0 <= decay < 1 for decay in decays) or len(set(decays)) != len(decays):
-            raise ValueError(f"decays must be different numbers in [0, 1), got {decays}; change callbacks.weight_ema.decays")
+            raise ValueError(
+                f"decays must be different numbers in [0, 1), got {decays}; change callbacks.weight_ema.decays"
+            )
         self.decays, self.warmup = decays, warmup
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._last_step = 0

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint
 class RunCheckpoint(Checkpoint):
     """Write `last.ckpt` every n optimizer steps, at the end, and when asked to stop.
 
-    Ctrl-C and SIGTERM do not break into a step: the step ends, the checkpoint is written, training stops, and
-    `interrupted_by` holds the signal's number. A second Ctrl-C stops at once. Checkpoints are only written between optimizer
-    steps, so that a resumed run equals a straight one. The new file replaces the old one in one rename.
+    Ctrl-C and SIGTERM do not break into a step: it ends, the checkpoint is written, training stops, and
+    `interrupted_by` holds the signal's number. A second Ctrl-C stops at once. Checkpoints are only written between
+    optimizer steps, so that a resumed run equals a straight one. The new file replaces the old one in one rename.
 
     Args:
         dirpath: Folder of the checkpoint.
@@ -87,5 +87,3 @@ class RunCheckpoint(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the signals back."""
         self._restore_handlers()
-
-

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from consistency.callbacks.averaging import WeightEMA
@@ -62,7 +61,7 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Sample and write one grid a sampler."""
-        average = next((callback for callback in trainer.callbacks if isinstance(callback, WeightEMA)), None)
+        average = next((callback for callback in pl_module.trainer.callbacks if isinstance(callback, WeightEMA)), None)
         if average is None:
             self._write(trainer, pl_module, "raw")
         else:
@@ -88,7 +87,7 @@ class SampleGrid(Callback):
         denoiser.train(was_training)
 
 
-def _log_image(logger: Logger, name: str, image: Tensor, step: int) -> None:
+def _log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
     """Send a uint8 picture [3, H, W] to a logger that takes images; others already have the file."""
     if hasattr(logger, "log_image"):  # WandbLogger
         logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()])

@@ -27,21 +27,35 @@ class TrainingLog(Callback):
 
     def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}; change callbacks.log.every_n_steps")
+            raise ValueError(
+                f"every_n_steps must be at least 1, got {every_n_steps}; change callbacks.log.every_n_steps"
+            )
         self.every_n_steps = every_n_steps
         self._edges = torch.tensor(LEVEL_EDGES).log()
-        self.last: dict[str, float] = {}
         self._reset(0, 0)
 
     def _reset(self, step: int, images: int) -> None:
-        self._last_step, self._last_images, self._since = step, images, time.perf_counter()
+        self._start_clock(step, images)
         self._sums: Tensor | None = None
         self._counts: Tensor | None = None
         self._grad_norm: Tensor | None = None
 
+    def _start_clock(self, step: int, images: int) -> None:
+        self._last_step, self._last_images, self._since = step, images, time.perf_counter()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self._reset(pl_module.progress.step, pl_module.progress.images_seen)
+        """Start the clock; sums of an interrupted row go on."""
+        self._start_clock(pl_module.progress.step, pl_module.progress.images_seen)
+        if self._sums is not None and self._counts is not None:
+            self._sums, self._counts = self._sums.to(pl_module.device), self._counts.to(pl_module.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of the unfinished row."""
+        return {"sums": self._sums, "counts": self._counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the unfinished row."""
+        self._sums, self._counts = state_dict["sums"], state_dict["counts"]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Keep the gradient norm of the step that will be logged; unscaled under fp16."""
@@ -75,9 +89,8 @@ class TrainingLog(Callback):
         row["images_per_second"] = (images - self._last_images) / max(seconds, 1e-9)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
-        self.last = row
         self._reset(step, images)
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(
-                f"the loss is {row['loss']} at step {step}; lower optimizer.lr, or use precision=fp32 if this run used fp16"
+                f"the loss is {row['loss']} at step {step}; lower optimizer.lr, or use precision=fp32 if it was fp16"
             )

@@ -71,7 +71,7 @@ def load_model(source: str | Path, weights: str | None = None) -> tuple[Denoiser
         return _load_checkpoint(source, weights)
     what = "has no model/, config.json or checkpoints/last.ckpt" if source.exists() else "does not exist"
     raise ValueError(
-        f"no model at {source}: it {what}; expected a run directory, a model folder (model.safetensors and config.json) "
+        f"no model at {source}: it {what}; expected a run directory, a model folder (model.safetensors, config.json) "
         "or a .ckpt file of a run"
     )
 
@@ -92,7 +92,9 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
         raise ValueError(f"{folder / 'config.json'} has format {stored.get('format')!r}, this version reads {FORMAT}")
     info = stored["info"]
     if weights not in (None, info.get("weights")):
-        raise ValueError(f"{folder} holds the weights {info.get('weights')}, not {weights}; load the run's .ckpt instead")
+        raise ValueError(
+            f"{folder} holds the weights {info.get('weights')}, not {weights}; load the run's .ckpt instead"
+        )
     denoiser = Denoiser.from_config(stored["denoiser"])
     denoiser.network.load_state_dict(load_file(folder / "model.safetensors"))
     return denoiser.eval(), info

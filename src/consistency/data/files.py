@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -39,7 +40,7 @@ def save_pngs(images: Tensor, folder: Path) -> None:
 
 def save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:
     """Write uint8 images as NHWC `arr_0`, and labels as `arr_1` when there are any (ADM's and OpenAI's layout)."""
-    arrays = {"arr_0": images.permute(0, 2, 3, 1).contiguous().numpy()}
+    arrays: dict[str, Any] = {"arr_0": images.permute(0, 2, 3, 1).contiguous().numpy()}
     if labels is not None:
         arrays["arr_1"] = labels.numpy()
     path.parent.mkdir(parents=True, exist_ok=True)

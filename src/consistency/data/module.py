@@ -123,11 +123,12 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} is the batch over all ranks and must be divisible by "
                 f"{trainer.world_size} (processes) x {trainer.accumulate_grad_batches} (accumulate_grad_batches)"
             )
+        progress: Any = trainer.lightning_module.progress
         batches = ShuffledBatches(
             len(self.dataset),
             self.batch_size // parts,
             seed=self.seed,
-            start=trainer.lightning_module.progress.images_seen,
+            start=progress.images_seen,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )

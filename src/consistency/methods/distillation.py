@@ -14,6 +14,7 @@ from consistency.methods.progress import Progress, check_target_moves, configure
 from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
+from consistency.noise.draws import PairDraw
 from consistency.ops import append_dims
 
 
@@ -44,7 +45,7 @@ class ConsistencyDistillation(L.LightningModule):
         teacher: Denoiser,
         *,
         solver: Callable[..., Tensor],
-        draw: Callable[..., tuple[Tensor, Tensor]],
+        draw: PairDraw,
         metric: Metric,
         weighting: Callable[[Tensor, Tensor], Tensor],
         optimizer: Callable[..., torch.optim.Optimizer],
@@ -54,7 +55,9 @@ class ConsistencyDistillation(L.LightningModule):
     ) -> None:
         super().__init__()
         if teacher.boundary != 0:
-            raise ValueError("the teacher must be a diffusion model (method=edm), got a consistency model; change teacher")
+            raise ValueError(
+                "the teacher must be a diffusion model (method=edm), got a consistency model; change teacher"
+            )
         drawn = (getattr(draw, "sigma_min", teacher.sigma_min), getattr(draw, "sigma_max", teacher.sigma_max))
         if drawn != (teacher.sigma_min, teacher.sigma_max):
             raise ValueError(
@@ -106,7 +109,7 @@ class ConsistencyDistillation(L.LightningModule):
             schedule["target_decay"] = self.target_decay(step)
         return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma_hi, "schedule": schedule}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer of the online network."""
         return configure_optimizer(self.denoiser.parameters(), self.optimizer, self.lr_schedule, self.progress)
 

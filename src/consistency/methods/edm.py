@@ -64,6 +64,6 @@ class EDM(L.LightningModule):
         )
         return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma, "schedule": {}}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer of the denoiser."""
         return configure_optimizer(self.denoiser.parameters(), self.optimizer, self.lr_schedule, self.progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning as L
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -64,9 +64,10 @@ def configure_optimizer(
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built), "interval": "step"}}
 
 
-def check_target_moves(trainer: L.Trainer, target: nn.Module | None) -> None:
+def check_target_moves(trainer: Trainer, target: nn.Module | None) -> None:
     """Raise unless something moves the target network: one that silently stays put ruins the run."""
-    if target is not None and not any(getattr(callback, "moves_target", False) for callback in trainer.callbacks):
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if target is not None and not any(getattr(callback, "moves_target", False) for callback in callbacks):
         raise ValueError(
             "this method has a target network (curriculum.target_decay is set), but no TargetEMA callback moves it; "
             "restore callbacks.target_ema, or set curriculum.target_decay=null for mu = 0"

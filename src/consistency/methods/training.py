@@ -13,6 +13,7 @@ from consistency.losses.consistency import Metric, consistency_loss
 from consistency.methods.progress import Progress, check_target_moves, configure_optimizer
 from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
+from consistency.noise.draws import PairDraw
 from consistency.ops import append_dims
 
 
@@ -41,7 +42,7 @@ class ConsistencyTraining(L.LightningModule):
         self,
         denoiser: Denoiser,
         *,
-        draw: Callable[..., tuple[Tensor, Tensor]],
+        draw: PairDraw,
         metric: Metric,
         weighting: Callable[[Tensor, Tensor], Tensor],
         optimizer: Callable[..., torch.optim.Optimizer],
@@ -83,6 +84,6 @@ class ConsistencyTraining(L.LightningModule):
             schedule["target_decay"] = self.target_decay(step)
         return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma_hi, "schedule": schedule}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer of the online network."""
         return configure_optimizer(self.denoiser.parameters(), self.optimizer, self.lr_schedule, self.progress)

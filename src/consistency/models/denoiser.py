@@ -28,7 +28,8 @@ def consistency_scalings(sigma: Tensor, *, sigma_data: float = 0.5, boundary: fl
     """
     total = torch.sqrt(sigma**2 + sigma_data**2)
     shifted = sigma - boundary
-    return Scalings(sigma_data**2 / (shifted**2 + sigma_data**2), shifted * sigma_data / total, 1 / total)
+    # c_skip with sd^2 divided out: `sd**2 / (0 + sd**2)` is 1 - 6e-8 for some sd in float32, 1 / (0 + 1) never.
+    return Scalings(1 / ((shifted / sigma_data) ** 2 + 1), shifted * sigma_data / total, 1 / total)
 
 
 def edm_scalings(sigma: Tensor, *, sigma_data: float = 0.5) -> Scalings:

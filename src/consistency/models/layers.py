@@ -93,7 +93,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = channels // head_channels if head_channels else 1
         if head_channels and channels % head_channels:
-            raise ValueError(f"{channels} channels do not divide into heads of {head_channels}; change network.head_channels")
+            raise ValueError(
+                f"{channels} channels do not divide into heads of {head_channels}; change network.head_channels"
+            )
         self.norm = group_norm(channels, eps)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)

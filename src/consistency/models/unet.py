@@ -36,7 +36,7 @@ class UNet(nn.Module):
         attention_resolutions: Image sizes (not factors) at which attention follows a block.
         head_channels: Channels per attention head; None for a single head.
         dropout: Probability in each residual block.
-        dropout_max_resolution: Dropout only at feature maps up to this size; None for all (iCT, App. B: 16 on ImageNet).
+        dropout_max_resolution: Dropout only at feature maps up to this size; None for all (iCT, App. B: 16).
         fourier_scale: Scale of a Fourier noise embedding (NCSN++ 16, iCT 0.02); None for the positional one.
         noise_channel_mult: Length of the noise embedding in units of `channels` (DDPM++ 1, NCSN++ 2).
         scale_shift: AdaGN instead of adding the embedding (ADM).
@@ -85,7 +85,9 @@ class UNet(nn.Module):
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         emb_channels, noise_channels = 4 * channels, noise_channel_mult * channels
 
-        def block(in_ch: int, out_ch: int, size: int, *, attention: bool, resample: Resample | None = None) -> ResidualBlock:
+        def block(
+            in_ch: int, out_ch: int, size: int, *, attention: bool, resample: Resample | None = None
+        ) -> ResidualBlock:
             return ResidualBlock(
                 in_ch,
                 out_ch,
@@ -177,4 +179,3 @@ class UNet(nn.Module):
         for block, takes_skip in zip(self.decoder, self._takes_skip, strict=True):
             hidden = block(torch.cat([hidden, skips.pop()], dim=1) if takes_skip else hidden, emb)
         return self.out_conv(F.silu(self.out_norm(hidden)))
-

@@ -20,7 +20,8 @@ class FixedLevels:
     def __post_init__(self) -> None:
         if self.num_levels < 2:
             raise ValueError(
-                f"num_levels must be at least 2 (one gap), got {self.num_levels}; change curriculum.num_levels.num_levels"
+                f"num_levels must be at least 2 (one gap), got {self.num_levels}; "
+                "change curriculum.num_levels.num_levels"
             )
 
     def __call__(self, step: int) -> int:
@@ -145,7 +146,9 @@ class AdaptiveDecay:
     def __post_init__(self) -> None:
         _check_decay(self.decay)
         if self.decay == 0:
-            raise ValueError("adaptive target_decay needs mu0 in (0, 1), got 0; use curriculum.target_decay=null for mu = 0")
+            raise ValueError(
+                "adaptive target_decay needs mu0 in (0, 1), got 0; use curriculum.target_decay=null for mu = 0"
+            )
 
     def __call__(self, step: int) -> float:
         """mu(step)."""

@@ -9,11 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from consistency.noise.grids import RHO, SIGMA_MAX, SIGMA_MIN, karras_grid
+
+
+class PairDraw(Protocol):
+    """What consistency training and distillation take: `GridPairs` or `RatioPairs`."""
+
+    def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sigma_lo, sigma_hi), each [B]."""
+
+    def describe(self, step: int) -> dict[str, float]:
+        """What a log should say of this step."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,6 @@ class LogNormal:
     def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
         """sigma [B]."""
         return torch.exp(self.mean + self.std * torch.randn(batch_size)).to(device)
-
-    def describe(self, step: int) -> dict[str, float]:
-        """What a log should say of this step: nothing, the draw does not change."""
-        return {}
 
 
 def uniform_index(sigmas: Tensor) -> Tensor:
@@ -67,9 +74,7 @@ class GridPairs:
 
     def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(sigma_lo, sigma_hi), each [B]."""
-        sigmas = karras_grid(
-            self.num_levels(step), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
-        )
+        sigmas = karras_grid(self.num_levels(step), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         n = torch.multinomial(self.index(sigmas), batch_size, replacement=True)
         sigmas = sigmas.float()
         return sigmas[n].to(device), sigmas[n + 1].to(device)

@@ -122,7 +122,7 @@ def sample_heun(
             gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
             sigma_hat = sigma * (1 + gamma)
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * fresh
-            sigma = sigma_hat  # noqa: PLW2901
+            sigma = sigma_hat
         step = heun_step if sigma_next > 0 else euler_step
         x = step(denoiser, x, _level(sigma, x), _level(sigma_next, x), labels)
     return x

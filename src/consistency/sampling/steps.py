@@ -20,13 +20,17 @@ def ode_derivative(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
     return (x - denoised) / append_dims(sigma, x.ndim)
 
 
-def euler_step(denoiser: DenoiserFn, x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None = None) -> Tensor:
+def euler_step(
+    denoiser: DenoiserFn, x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None = None
+) -> Tensor:
     """x at sigma_next by one Euler step; one evaluation (EDM, Alg. 1 lines 3-5)."""
     derivative = ode_derivative(x, denoiser(x, sigma, labels), sigma)
     return x + append_dims(sigma_next - sigma, x.ndim) * derivative
 
 
-def heun_step(denoiser: DenoiserFn, x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None = None) -> Tensor:
+def heun_step(
+    denoiser: DenoiserFn, x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None = None
+) -> Tensor:
     """x at sigma_next > 0 by one Heun step; two evaluations, at sigma and at sigma_next (EDM, Alg. 1 lines 3-8)."""
     gap = append_dims(sigma_next - sigma, x.ndim)
     derivative = ode_derivative(x, denoiser(x, sigma, labels), sigma)

@@ -1,0 +1,96 @@
+"""The run directory: what a run leaves there, and what that says to the next start of the same command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from consistency.checkpoints.io import MODEL_FOLDER
+
+log = logging.getLogger(__name__)
+
+# What a run leaves in its directory, beside Hydra's own .hydra/ and log.
+_RUN_FILES = (
+    "config.yaml",
+    "status.json",
+    "metrics.csv",
+    "checkpoints",
+    MODEL_FOLDER,
+    "samples",
+    "tensorboard",
+    "wandb",
+)
+# Settings that may differ between a run and its continuation.
+_FREE_SETTINGS = ("overwrite", "logger", "paths", "run_name", "study_name", "callbacks.progress", "callbacks.log")
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    """What the run last said of itself: state, step, images seen, seconds; empty for a new directory."""
+    file = run_dir / "status.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_status(run_dir: Path, **status: Any) -> None:
+    """Write `status.json` in one rename."""
+    partial = run_dir / "status.json.partial"
+    partial.write_text(json.dumps(status, indent=2) + "\n")
+    os.replace(partial, run_dir / "status.json")
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move the files of an earlier run into previous/1, 2, ...: nothing of the user's is deleted."""
+    files = [run_dir / name for name in _RUN_FILES if (run_dir / name).exists()]
+    if not files:
+        return
+    numbers = [int(folder.name) for folder in (run_dir / "previous").glob("*") if folder.name.isdigit()]
+    aside = run_dir / "previous" / str(max(numbers, default=0) + 1)
+    aside.mkdir(parents=True)
+    for file in files:
+        file.rename(aside / file.name)
+    log.info("set the earlier run aside: %s", aside)
+
+
+def check_same_settings(cfg: DictConfig, run_dir: Path) -> None:
+    """Refuse to continue a run under settings that would change it."""
+    file = run_dir / "config.yaml"
+    if not file.exists():
+        return
+    old = _flat(OmegaConf.to_container(OmegaConf.load(file), resolve=True))
+    new = _flat(OmegaConf.to_container(cfg, resolve=True))
+    changed = sorted(
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key) != new.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
+        and not key.endswith((".dirpath", ".num_workers"))
+    )
+    if changed:
+        listed = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:5])
+        raise ValueError(
+            f"{run_dir} was started with other settings ({listed}); use them, or run_name=NAME for another run, or "
+            "overwrite=true to set it aside and start afresh"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def say_where(run_dir: Path) -> None:
+    """Log where the results are, and the command that samples from them."""
+    run_dir = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    grids = sorted((run_dir / "samples").glob("*.png"))
+    log.info("run directory   %s", run_dir)
+    for name in dict.fromkeys(grid.name.rsplit("_", 1)[0] for grid in grids):
+        log.info("sample grid     %s", max(grid for grid in grids if grid.name.startswith(f"{name}_")))
+    log.info("exported model  %s", run_dir / MODEL_FOLDER)
+    is_diffusion = any(grid.name.startswith("heun") for grid in grids)
+    sampler = " sampler=heun" if is_diffusion else ""
+    log.info("sample from it  consistency-sample ckpt=%s num_samples=100 seed=0%s out=samples.png", run_dir, sampler)

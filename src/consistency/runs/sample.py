@@ -1,0 +1,94 @@
+"""`consistency-sample`: a trained model in, images out. Needs no Lightning."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from consistency.checkpoints.io import load_model
+from consistency.data.files import save_grid, save_npz, save_pngs
+from consistency.ops import derive_seed, randn_of_seeds, to_uint8
+
+log = logging.getLogger(__name__)
+
+
+def sample(cfg: DictConfig) -> Path:
+    """Draw images from a trained model; returns what was written."""
+    denoiser, info = load_model(cfg.ckpt, cfg.weights)
+    sampler = instantiate(cfg.sampler, _convert_="object")
+    is_diffusion = info.get("method") == "EDM"
+    if is_diffusion and not hasattr(sampler, "solver"):
+        raise ValueError(
+            f"{cfg.ckpt} is a diffusion model, which one evaluation cannot sample; use sampler=heun (or euler, dpm2, "
+            "ancestral)"
+        )
+    device = _device(cfg.device)
+    denoiser = denoiser.to(device)
+    images, labels = sample_images(
+        denoiser, sampler, num_samples=cfg.num_samples, seed=cfg.seed, batch_size=cfg.batch_size, labels=cfg.labels
+    )
+    out = Path(cfg.out)
+    if out.suffix == ".png":
+        save_grid(images, out)
+    elif out.suffix == ".npz":
+        save_npz(images, labels, out)
+    else:
+        save_pngs(images, out)
+    log.info("%d images (%s, weights %s, seed %d) -> %s", len(images), info.get("method", "model"), info.get("weights"),
+             cfg.seed, out)  # fmt: skip
+    return out
+
+
+def sample_images(
+    denoiser: Any, sampler: Any, *, num_samples: int, seed: int, batch_size: int, labels: Any = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(uint8 [N, C, H, W], int64 [N] or None) on the CPU; image i is a function of (seed, i), not of the batch.
+
+    Args:
+        denoiser: A model, on its device.
+        sampler: A `ConsistencySampler` or `OdeSampler`.
+        num_samples: N.
+        seed: Of all images.
+        batch_size: Images at a time.
+        labels: One label for all, a list that is repeated, or None for random labels by seed; conditional models only.
+    """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+    all_labels = _labels(labels, num_samples, seed, denoiser.num_classes)
+    device = next(denoiser.parameters()).device
+    # EDM integrates in float64; MPS has none.
+    state = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    batches = []
+    for indices in torch.arange(num_samples).split(batch_size):
+        randn_like = randn_of_seeds([derive_seed(seed, int(i)) for i in indices], denoiser.image_shape)
+        batch_labels = None if all_labels is None else all_labels[indices].to(device)
+        batches.append(to_uint8(sampler(denoiser, randn_like(state), batch_labels, randn_like)).cpu())
+    return torch.cat(batches), all_labels
+
+
+def _labels(labels: Any, num_samples: int, seed: int, num_classes: int) -> torch.Tensor | None:
+    if num_classes == 0:
+        if labels is not None:
+            raise ValueError(f"labels={labels} was given, but the model is unconditional; leave labels=null")
+        return None
+    if labels is None:
+        picks = [derive_seed(seed, i, 1) % num_classes for i in range(num_samples)]
+    else:
+        given = [labels] if isinstance(labels, int) else list(labels)
+        if not given or not all(isinstance(label, int) and 0 <= label < num_classes for label in given):
+            raise ValueError(f"labels must be integers in [0, {num_classes - 1}], got {labels}")
+        picks = [given[i % len(given)] for i in range(num_samples)]
+    return torch.tensor(picks)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,155 @@
+"""Every configuration file on disk composes, and every recipe can be built."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from consistency import config, save_denoiser
+from consistency.models.unet import UNet
+
+config.register()
+
+RECIPES = sorted(path.stem for path in (config.EXPERIMENTS_DIR / "experiment").glob("*.yaml"))
+GROUPS = {
+    group: sorted(path.stem for path in (config.CONF_DIR / group).glob("*.yaml"))
+    for group in ("metric", "weighting", "optimizer", "curriculum", "draw", "logger", "strategy", "precision", "debug")
+}
+CHOICES = [(group, option) for group, options in GROUPS.items() for option in options]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    """A diffusion model with the network of the smoke recipes."""
+    method = instantiate(composed("experiment=smoke_edm").method, _convert_="object")
+    return save_denoiser(method.denoiser, tmp_path_factory.mktemp("teacher"), {"method": "EDM", "weights": "raw"})
+
+
+def composed(*overrides, name="train"):
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        cfg = compose(name, overrides=[*overrides, "paths.output_dir=unused"] if name == "train" else list(overrides))
+    if (
+        name == "train"
+        and not any(o.startswith("run_name") for o in overrides)
+        and "${consistency" in str(OmegaConf.to_container(cfg)["run_name"])
+    ):
+        cfg.run_name = "test"
+    return cfg
+
+
+def test_there_are_recipes_for_all_methods():
+    assert {f"{kind}_{method}" for kind in ("digits", "smoke") for method in ("edm", "cd", "ct", "ict", "ect")} <= set(
+        RECIPES
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_builds(recipe, tmp_path, teacher_folder):
+    cfg = composed(f"experiment={recipe}")
+    for option in ("teacher", "init_from"):
+        if cfg.get(option):
+            cfg[option] = str(teacher_folder)
+    config.validate(cfg)
+    OmegaConf.to_container(cfg, resolve=True)
+    method = instantiate(cfg.method, _convert_="object")
+    assert isinstance(method.denoiser.network, UNet)
+    assert all(callback is None or instantiate(callback, _convert_="object") for callback in cfg.callbacks.values())
+    assert instantiate(cfg.data, _convert_="object").batch_size == cfg.data.batch_size
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_option_composes(group, option):
+    # ECT has no grid, so its curriculum only goes with its own draw.
+    method = "ect" if (group, option) == ("curriculum", "ect") else "ict"
+    cfg = composed(f"method={method}", f"{group}={option}")
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [c for c in CHOICES if c[0] in ("metric", "weighting", "draw", "curriculum")]
+)
+def test_option_instantiates(group, option):
+    if option == "lpips":
+        return  # needs a backbone file: tests/losses/test_lpips.py
+    method = "ect" if (group, option) == ("curriculum", "ect") else "ict"
+    assert instantiate(composed(f"method={method}", f"{group}={option}")[group], _convert_="object") is not None
+
+
+@pytest.mark.parametrize("method", ["edm", "ct", "ict", "ect"])
+def test_method_alone_builds(method):
+    cfg = composed(f"method={method}")
+    config.validate(cfg)
+    instantiate(cfg.method, _convert_="object")
+
+
+@pytest.mark.parametrize("sampler", sorted(path.stem for path in (config.CONF_DIR / "sampler").glob("*.yaml")))
+def test_sampler_instantiates(sampler):
+    assert callable(instantiate(composed(f"sampler={sampler}", "ckpt=x", name="sample").sampler, _convert_="object"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.max_steps=0"], ["trainer.max_steps", "0", "at least 1"]),
+        (["data.batch_size=0"], ["data.batch_size", "at least 1"]),
+        (["optimizer.lr=oops"], ["optimizer.lr", "oops", "positive number"]),
+        (["noise.sigma_min=90"], ["noise.sigma_min", "90", "sigma_max=80"]),
+        (["network.channel_mult=[1,1,1,1,1]"], ["network.channel_mult", "image_size=8"]),
+        (["method=edm", "draw=lognormal_index", "+curriculum=ict"], ["draw", "GridPairs", "lognormal"]),
+        (["draw=lognormal"], ["draw", "LogNormal", "uniform_index"]),
+        (["method=edm", "weighting=inverse_gap"], ["weighting", "inverse_gap", "method=edm"]),
+        (["init_from=nowhere/run"], ["init_from", "nowhere/run", "existing run"]),
+    ],
+)
+def test_impossible_configuration_is_one_clear_line(overrides, words):
+    with pytest.raises(ValueError) as caught:
+        config.validate(composed(*overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_every_yaml_says_what_it_is():
+    files = [*config.CONF_DIR.rglob("*.yaml"), *(config.EXPERIMENTS_DIR / "experiment").glob("*.yaml")]
+    for file in files:
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+        assert lines[0].startswith("# "), f"{file} has no first line that says what it is"
+        assert len(lines) < 55, f"{file} is long"
+
+
+class TestRunName:
+    choices = {"experiment": "digits_ict", "method": "ict", "data": "digits"}
+
+    def test_of_a_plain_recipe_is_the_recipe(self):
+        assert config.run_name(self.choices, ["experiment=digits_ict"]) == "digits_ict"
+
+    def test_changes_with_what_changes_the_result(self):
+        names = {
+            config.run_name(self.choices, ["experiment=digits_ict", *rest])
+            for rest in ([], ["seed=1"], ["seed=2"], ["metric=l2"], ["+network.x=1"])
+        }
+        assert len(names) == 5
+
+    def test_ignores_what_does_not(self):
+        neutral = [
+            "logger=wandb",
+            "overwrite=true",
+            "data.num_workers=4",
+            "callbacks.log.every_n_steps=1",
+            "logger.wandb.offline=true",
+        ]
+        assert config.run_name(self.choices, ["experiment=digits_ict", *neutral]) == "digits_ict"
+
+    def test_does_not_depend_on_the_order(self):
+        a, b = ["seed=1", "metric=l2"], ["metric=l2", "seed=1"]
+        assert config.run_name(self.choices, a) == config.run_name(self.choices, b)
+
+    def test_without_a_recipe_is_method_and_data(self):
+        choices = {"experiment": None, "method": "ct", "data": "digits"}
+        assert config.run_name(choices, []) == "ct_digits"
+
+
+def test_conf_dir_is_found():
+    assert (Path(config.CONF_DIR) / "train.yaml").exists()
