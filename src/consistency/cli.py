@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import hydra
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from consistency import config
@@ -40,8 +42,12 @@ def sample(cfg: DictConfig) -> None:
 
 
 def _one_line_errors(job: Any) -> Any:
-    """Mistakes in the configuration end in one line, not in a traceback."""
+    """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         return job()
-    except ValueError as error:
-        sys.exit(f"consistency: {error}")
+    except (ValueError, FloatingPointError, InstantiationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+            raise
+        # Hydra wraps what a constructor says; the cause is the line that was written for the user.
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        sys.exit(f"consistency: {cause}")

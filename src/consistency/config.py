@@ -110,6 +110,8 @@ def validate(cfg: DictConfig) -> None:
             "inverse_gap",
             "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm",
         )
+    if cfg.get("metric") is not None and cfg.metric._target_.endswith("LPIPS") and cfg.metric.resize is None:
+        _require(cfg.data.image_size >= 16, "metric.resize", None, "224, or images of at least 16 pixels")
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
         if source is not None:

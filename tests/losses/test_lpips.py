@@ -44,6 +44,13 @@ def backbone(features, tmp_path_factory):
     return str(file)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out most of what building takes: random weights for a VGG-16 that are overwritten or dropped."""
+    for name in ("normal_", "kaiming_normal_", "kaiming_uniform_", "uniform_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+
+
 @pytest.fixture(scope="module")
 def metric(backbone):
     return LPIPS(backbone, resize=32)
@@ -77,7 +84,8 @@ def test_equal_images_have_distance_zero(metric):
     assert torch.equal(a.grad, torch.zeros_like(a))
 
 
-def test_is_the_package_on_the_enlarged_images(metric, features):
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_is_the_package_on_the_enlarged_images(metric, features, quick):
     import lpips
 
     reference = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -119,7 +127,7 @@ def test_gradient_reaches_the_image_and_no_weight(metric):
     assert torch.isfinite(c.grad).all()
 
 
-def test_gradient_is_finite_where_all_features_vanish(features, tmp_path):
+def test_gradient_is_finite_where_all_features_vanish(features, tmp_path, quick):
     # The package divides by the norm of the features; ReLU must cut the gradient before it becomes NaN.
     dead = {
         name: value if name.endswith("weight") else torch.full_like(value, -1e3) for name, value in features.items()
@@ -181,14 +189,10 @@ def test_cuda(metric):
     assert x.grad.abs().sum() > 0
 
 
-def test_building_it_draws_no_random_numbers(backbone):
+def test_building_it_is_silent_and_draws_no_random_numbers(backbone, capfd, recwarn):
     before = torch.get_rng_state()
     LPIPS(backbone)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_silent(backbone, capfd, recwarn):
-    LPIPS(backbone)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
 
@@ -230,18 +234,12 @@ def test_offline_without_backbone(monkeypatch, tmp_path):
     one_line(excinfo, destination, f"https://download.pytorch.org/models/{FILE}", "metric.backbone=FILE", "no route")
 
 
-def test_backbone_from_the_cache(monkeypatch, tmp_path, backbone, metric):
+def test_whole_network_from_the_cache(monkeypatch, tmp_path, features, metric, quick):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / FILE).symlink_to(backbone)
+    torch.save(features | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "checkpoints" / FILE)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     a, b = images(seed=1), images(seed=2)
     assert torch.equal(LPIPS(resize=32)(a, b), metric(a, b))
-
-
-def test_whole_state_dict(features, tmp_path, metric):
-    torch.save(features | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "whole.pth")
-    a, b = images(seed=1), images(seed=2)
-    assert torch.equal(LPIPS(str(tmp_path / "whole.pth"), resize=32)(a, b), metric(a, b))
 
 
 def test_absent_file(tmp_path):
@@ -250,21 +248,16 @@ def test_absent_file(tmp_path):
     one_line(excinfo, tmp_path / "absent.pth", "metric.backbone")
 
 
-def without(state, name):
-    return {key: value for key, value in state.items() if key != name}
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda state: without(state, "features.28.bias"), "it has no features.28.bias"),
         (lambda state: state | {"features.0.weight": torch.zeros(64, 1, 3, 3)}, "[64, 1, 3, 3], not [64, 3, 3, 3]"),
         (lambda state: state | {"features.30.weight": torch.zeros(1)}, "it also has features.30.weight"),  # VGG-19
         (lambda state: {"lin0.model.1.weight": torch.zeros(1)}, "it has no features.0.weight"),  # the package's heads
         (lambda state: torch.zeros(3), "it holds a Tensor"),
     ],
 )
-def test_wrong_file(features, tmp_path, change, reason):
+def test_wrong_file(features, tmp_path, change, reason, quick):
     torch.save(change(features), tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match="is not torchvision's VGG-16") as excinfo:
         LPIPS(str(tmp_path / "wrong.pth"))
@@ -281,6 +274,6 @@ def test_broken_file(backbone, tmp_path, content):
         torch.save(nn.Linear(1, 1), file)
     else:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match="it cannot be read") as excinfo:
+    with pytest.raises(ValueError, match="damaged, or not a file of tensors") as excinfo:
         LPIPS(str(file))
     one_line(excinfo, file, "metric.backbone")

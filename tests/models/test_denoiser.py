@@ -35,14 +35,8 @@ def test_edm_scalings_give_the_network_unit_variance(sigma_data):
     assert_close(((1 - c.skip) ** 2 * sigma_data**2 + (c.skip * sigma) ** 2) / c.out**2, torch.ones_like(sigma))
 
 
-@pytest.mark.parametrize(
-    "sigma_data",
-    [
-        *(0.5, 0.6, 0.616, 1.0),
-        # Not of the papers, but a user's data may have it: c_skip = 1 must not depend on luck in rounding.
-        pytest.param(SIGMA_DATA_BAD, marks=pytest.mark.xfail(strict=True, reason="c_skip(boundary) is 1 - 6e-8")),
-    ],
-)
+# Beside the papers' 0.5 some values of sd with sd^2 / (0 + sd^2) = 1 - 6e-8 in float32.
+@pytest.mark.parametrize("sigma_data", [0.5, 0.48, 0.617, 0.65, 1.0])
 @pytest.mark.parametrize("boundary", [0.002, 0.003, 0.01])
 def test_boundary_condition_is_exact(make_unet, boundary, sigma_data):
     model = Denoiser(make_unet(), boundary=boundary, sigma_data=sigma_data)

@@ -49,7 +49,7 @@ def test_parameters_of_ddpmpp(num_classes, expected):
 
 def test_parameters_of_the_tiny_network(make_unet):
     options = {"image_size": 8, "channels": 32, "channel_mult": [1, 1], "attention_resolutions": [4]}
-    assert count(make_unet(**options)) == TINY_COUNT
+    assert count(make_unet(**options)) == 309_345
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_rows_of_a_batch_are_independent(make_unet, options):
 
 def test_starts_near_zero(make_unet):
     network = make_unet(random_weights=False)
-    assert float(network(torch.randn(2, 1, 4, 4), torch.zeros(2)).abs().max()) < 1e-3
+    assert float(network(torch.randn(2, 1, 4, 4), torch.zeros(2)).detach().abs().max()) < 1e-3
 
 
 def test_classes(make_unet):

@@ -18,7 +18,7 @@ _MIN_SIZE = 16  # four max-pools come before the last of the five feature maps
 
 
 class LPIPS:
-    """sum_l mean_hw w_l . (phi_l(a) - phi_l(b))^2, phi_l the unit-length VGG-16 features; [B] (Zhang et al. 2018, Eq. 1).
+    """sum_l mean_hw w_l . (phi_l(a) - phi_l(b))^2, phi_l unit-length VGG-16 features; [B] (Zhang et al. 2018, Eq. 1).
 
     CM trains with it (Sec. 5, App. C). This is the VGG of the `lpips` package, with max-pools, as in CM's JAX code;
     OpenAI's PyTorch code has average pools in their place, so its values differ.
@@ -63,7 +63,8 @@ class LPIPS:
         """[B, 1 or 3, H, W] -> [B, 3, H', W'], float32 and large enough."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
-                f"LPIPS needs images [B, C, H, W] with 1 or 3 channels, got {list(images.shape)}; use metric=pseudo_huber"
+                f"LPIPS needs images [B, C, H, W] with 1 or 3 channels, got {list(images.shape)}; "
+                "use metric=pseudo_huber"
             )
         images = images.float()
         height, width = images.shape[2:]
@@ -114,9 +115,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"no file {file} for metric.backbone; download {_URL} and set metric.backbone=FILE")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _not_vgg16(file, f"it cannot be read: {reason}") from error
+    except OSError as error:
+        raise _not_vgg16(file, f"it cannot be read: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # torch's own text runs over many lines and advises to turn off its protection.
+        raise _not_vgg16(file, "it is damaged, or not a file of tensors") from error
     if not isinstance(state, dict):
         raise _not_vgg16(file, f"it holds a {type(state).__name__}")
     return state

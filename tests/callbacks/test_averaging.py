@@ -1,0 +1,175 @@
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.testing import assert_close
+
+from consistency.callbacks.averaging import TargetEMA, WeightEMA
+from consistency.losses.metrics import l2
+from consistency.methods.training import ConsistencyTraining
+from consistency.noise.curricula import FixedDecay, FixedLevels
+from consistency.noise.draws import GridPairs, uniform_index
+from consistency.noise.weightings import uniform
+
+
+@pytest.fixture
+def make_method(make_denoiser):
+    def make(target_decay=None):
+        return ConsistencyTraining(
+            make_denoiser(),
+            draw=GridPairs(FixedLevels(4), uniform_index),
+            metric=l2,
+            weighting=uniform,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            target_decay=target_decay,
+        )
+
+    return make
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+class Watch(Callback):
+    """Flattened online, target and averaged weights at the start and after every micro-batch."""
+
+    def __init__(self, average=None):
+        self.average, self.online, self.target, self.averaged = average, [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.online.append(flat(pl_module.denoiser.parameters()))
+        if pl_module.target is not None:
+            self.target.append(flat(pl_module.target.parameters()))
+        if self.average is not None:
+            self.averaged.append(flat(self.average.averages[self.average.name()].values()))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.on_train_start(trainer, pl_module)
+
+
+def mix(decay, average, value):
+    return (decay * average.double() + (1 - decay) * value.double()).float()
+
+
+def test_target_moves_by_one_minus_mu(make_method, fit):
+    method, watch = make_method(FixedDecay(0.75)), Watch()
+    fit(method, callbacks=[TargetEMA(), watch])
+    assert torch.equal(watch.target[0], watch.online[0])
+    # Mixed with the weights *after* the step.
+    assert_close(watch.target[1], mix(0.75, watch.target[0], watch.online[1]), rtol=1e-6, atol=1e-7)
+    assert not torch.equal(watch.target[1], watch.target[0])
+
+
+def test_target_takes_the_decay_of_the_step_just_done(make_method, fit):
+    decays = [0.9, 0.0, 0.5]
+    method, watch = make_method(decays.__getitem__), Watch()
+    fit(method, steps=3, callbacks=[TargetEMA(), watch])
+    for step, decay in enumerate(decays):
+        assert_close(
+            watch.target[step + 1], mix(decay, watch.target[step], watch.online[step + 1]), rtol=1e-6, atol=1e-7
+        )
+    assert torch.equal(watch.target[2], watch.online[2])
+
+
+def test_three_sets_of_weights_differ_after_a_step(make_method, fit):
+    average = WeightEMA([0.9], warmup=False)
+    method, watch = make_method(FixedDecay(0.5)), Watch(average)
+    fit(method, callbacks=[TargetEMA(), average, watch])
+    raw, target, averaged = watch.online[1], watch.target[1], watch.averaged[1]
+    for one, other in ((raw, target), (raw, averaged), (target, averaged)):
+        assert not torch.allclose(one, other, rtol=0, atol=1e-5)
+    assert_close(averaged, mix(0.9, watch.online[0], raw), rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_is_averaged_between_accumulated_micro_batches(make_method, fit):
+    average = WeightEMA([0.9])
+    method, watch = make_method(FixedDecay(0.5)), Watch(average)
+    fit(method, steps=2, accumulate=3, callbacks=[TargetEMA(), average, watch])
+    for weights in (watch.online, watch.target, watch.averaged):
+        moved = [not torch.equal(a, b) for a, b in pairwise(weights)]
+        assert moved == [False, False, True, False, False, True]
+    assert_close(watch.target[6], mix(0.5, watch.target[3], watch.online[6]), rtol=1e-6, atol=1e-7)
+
+
+def test_warm_up(make_method, fit):
+    average = WeightEMA([0.15])
+    method, watch = make_method(), Watch(average)
+    fit(method, steps=3, callbacks=[average, watch])
+    # (1 + k) / (10 + k) until it exceeds the rate.
+    for step, beta in enumerate([1 / 10, 0.15, 0.15]):
+        expected = mix(beta, watch.averaged[step], watch.online[step + 1])
+        assert_close(watch.averaged[step + 1], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_several_rates(make_method, fit):
+    average = WeightEMA([0.5, 0.0, 0.9999], warmup=False)
+    method, watch = make_method(), Watch(average)
+    fit(method, callbacks=[average, watch])
+    assert list(average.averages) == ["ema0.5", "ema0", "ema0.9999"]
+    for decay in average.decays:
+        expected = mix(decay, watch.online[0], watch.online[1])
+        assert_close(flat(average.averages[average.name(decay)].values()), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_target_callback_leaves_methods_without_a_target_alone(make_method, fit):
+    method = make_method()
+    fit(method, callbacks=[TargetEMA()])
+    assert method.target is None
+
+
+def test_applied_swaps_the_averages_in_and_the_raw_weights_back(make_method, fit):
+    average = WeightEMA([0.9, 0.5], warmup=False)
+    method = make_method()
+    fit(method, callbacks=[average])
+    x, sigma = torch.randn(2, 1, 4, 4), torch.ones(2)
+    raw, before = flat(method.denoiser.parameters()), method.denoiser(x, sigma)
+    for decay, expected in ((None, "ema0.9"), (0.5, "ema0.5")):
+        with average.applied(method, decay) as name:
+            assert name == expected
+            assert torch.equal(flat(method.denoiser.parameters()), flat(average.averages[name].values()))
+            assert not torch.equal(method.denoiser(x, sigma), before)
+        assert torch.equal(flat(method.denoiser.parameters()), raw)
+    with pytest.raises(KeyboardInterrupt), average.applied(method):
+        raise KeyboardInterrupt
+    assert torch.equal(flat(method.denoiser.parameters()), raw)
+
+
+def test_averages_continue_from_their_checkpoint(make_method, fit, tmp_path):
+    average = WeightEMA([0.9])
+    method = make_method()
+    fit(method, callbacks=[average])
+    torch.save(average.state_dict(), tmp_path / "state.pt")
+    saved = flat(average.averages["ema0.9"].values())
+    again = WeightEMA([0.9])
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    watch = Watch(again)
+    fit(method, callbacks=[again, watch])
+    assert torch.equal(watch.averaged[0], saved)
+    # The second step ever: the warm-up goes on too.
+    assert_close(watch.averaged[1], mix(2 / 11, saved, watch.online[1]), rtol=1e-6, atol=1e-7)
+
+
+def test_target_continues_from_its_checkpoint(make_method, fit):
+    decays = [0.9, 0.25]
+    method = make_method(decays.__getitem__)
+    fit(method, callbacks=[TargetEMA()])
+    again, watch = make_method(decays.__getitem__), Watch()
+    again.load_state_dict(method.state_dict())
+    fit(again, callbacks=[TargetEMA(), watch])
+    assert_close(watch.target[1], mix(0.25, watch.target[0], watch.online[1]), rtol=1e-6, atol=1e-7)
+
+
+def test_rate_that_the_checkpoint_lacks_is_refused(make_method, fit):
+    method = make_method()
+    fit(method, callbacks=[WeightEMA([0.9])])
+    with pytest.raises(ValueError, match=r"no average ema0\.5"):
+        fit(method, callbacks=[WeightEMA([0.5])])
+
+
+@pytest.mark.parametrize("decays", [[], [1.0], [-0.1], [0.9, 0.9]])
+def test_refuses_rates(decays):
+    with pytest.raises(ValueError, match="decays"):
+        WeightEMA(decays)

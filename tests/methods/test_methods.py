@@ -1,0 +1,296 @@
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from consistency.callbacks.averaging import TargetEMA
+from consistency.losses.metrics import l2, pseudo_huber
+from consistency.methods.distillation import ConsistencyDistillation
+from consistency.methods.edm import EDM
+from consistency.methods.progress import Progress
+from consistency.methods.training import ConsistencyTraining
+from consistency.models.denoiser import Denoiser
+from consistency.noise import weightings
+from consistency.noise.curricula import DoublingLevels, FixedDecay, FixedLevels
+from consistency.noise.draws import GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
+from consistency.noise.grids import karras_grid
+from consistency.sampling.steps import euler_step, heun_step
+
+sgd = partial(torch.optim.SGD, lr=0.1)
+PAIRS = {"draw": GridPairs(FixedLevels(40), uniform_index), "metric": l2, "weighting": weightings.uniform}
+
+
+def training(denoiser, **options):
+    return ConsistencyTraining(denoiser, **{**PAIRS, "optimizer": sgd, **options})
+
+
+def distillation(teacher, **options):
+    return ConsistencyDistillation(teacher, **{**PAIRS, "solver": heun_step, "optimizer": sgd, **options})
+
+
+@pytest.fixture
+def teacher(make_denoiser):
+    return make_denoiser(boundary=0.0)
+
+
+@pytest.fixture
+def make_method(teacher, make_denoiser):
+    def make(kind, **options):
+        return distillation(teacher, **options) if kind == "cd" else training(make_denoiser(), **options)
+
+    return make
+
+
+def parameters(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def equal(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd"])
+def test_online_network_reaches_sigma_max_and_target_sigma_min(make_method, fit, record, kind):
+    # Swapped, the model would never be trained where it is sampled.
+    method = make_method(kind, target_decay=FixedDecay(0.5))
+    online, target = record(method.denoiser), record(method.target)
+    fit(method, batch_size=1000, callbacks=[TargetEMA()])
+    sigma_hi, sigma_lo, sigmas = online[0].sigma, target[0].sigma, karras_grid(40).float()
+    assert (sigma_hi > sigma_lo).all()
+    assert (sigma_hi.min(), sigma_hi.max()) == (sigmas[1], sigmas[-1])
+    assert (sigma_lo.min(), sigma_lo.max()) == (sigmas[0], sigmas[-2])
+
+
+def test_training_pairs_share_image_and_noise(make_denoiser, fit, record):
+    method = training(make_denoiser(), target_decay=FixedDecay(0.5))
+    online, target = record(method.denoiser), record(method.target)
+    images = torch.rand(64, 1, 4, 4) * 2 - 1
+    fit(method, batch_size=64, images=images, callbacks=[TargetEMA()])
+    (hi,), (lo,) = online, target
+    # Each pair lies on one line x + sigma z.
+    noise = (hi.x - images) / hi.sigma.view(-1, 1, 1, 1)
+    assert_close(lo.x, images + lo.sigma.view(-1, 1, 1, 1) * noise, rtol=1e-4, atol=1e-4)
+    # Low levels lose the noise to rounding when it is divided out again.
+    noise = noise[hi.sigma > 0.1]
+    assert float(noise.std()) == pytest.approx(1, abs=0.1)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.15)
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [(euler_step, 1), (heun_step, 2)])
+def test_distillation_asks_the_teacher_for_the_target_input(teacher, fit, record, solver, evaluations):
+    method = distillation(teacher, solver=solver, target_decay=FixedDecay(0.5))
+    online, target, asked = record(method.denoiser), record(method.target), record(method.teacher)
+    fit(method, batch_size=16, callbacks=[TargetEMA()])
+    (hi,), (lo,) = online, target
+    assert len(asked) == evaluations
+    for call, sigma in zip(asked, (hi.sigma, lo.sigma), strict=False):
+        assert torch.equal(call.sigma, sigma)
+    # The teacher's own plain scalings, at the student's input.
+    assert_close(lo.x, solver(teacher.eval(), hi.x, hi.sigma, lo.sigma))
+
+
+def test_labels_reach_all_three_networks(make_denoiser, fit, record):
+    method = distillation(make_denoiser(boundary=0.0, num_classes=3), target_decay=FixedDecay(0.5))
+    calls = [record(network) for network in (method.denoiser, method.target, method.teacher)]
+    labels = torch.tensor([0, 1, 2, 1])
+    fit(method, labels=labels, images=torch.zeros(4, 1, 4, 4), callbacks=[TargetEMA()])
+    for seen in calls:
+        assert all(torch.equal(call.labels, labels) for call in seen)
+        assert seen
+
+
+def test_distillation_starts_from_the_teacher(teacher):
+    method = distillation(teacher, target_decay=FixedDecay(0.5), dropout=0.3)
+    for network in (method.denoiser, method.target, method.teacher):
+        assert equal(parameters(network), parameters(teacher))
+    assert (method.denoiser.boundary, method.target.boundary, method.teacher.boundary) == (0.002, 0.002, 0.0)
+    assert method.denoiser.network.config["dropout"] == 0.3
+    # Copies: the teacher that was passed in stays as it is.
+    assert next(teacher.parameters()).data_ptr() != next(method.denoiser.parameters()).data_ptr()
+    assert next(teacher.parameters()).requires_grad
+
+
+def test_distillation_keeps_the_teachers_settings(make_unet):
+    teacher = Denoiser(make_unet(), boundary=0.0, sigma_data=0.6, sigma_min=0.01, sigma_max=50.0, noise_scale=250.0)
+    draw = GridPairs(FixedLevels(4), uniform_index, sigma_min=0.01, sigma_max=50.0)
+    method = distillation(teacher, draw=draw)
+    assert method.denoiser.config == {**teacher.config, "boundary": 0.01}
+    with pytest.raises(ValueError, match="noise range"):
+        distillation(teacher)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_teacher_stays_in_eval_mode(make_denoiser, mode):
+    method = distillation(make_denoiser(boundary=0.0, dropout=0.5), target_decay=FixedDecay(0.5)).train(mode)
+    assert method.denoiser.training == method.target.training == mode
+    assert not any(module.training for module in method.teacher.modules())
+
+
+def test_modes_and_gradients_during_a_fit(make_denoiser, fit, record):
+    teacher = make_denoiser(boundary=0.0, dropout=0.5).train()
+    method = distillation(teacher, target_decay=FixedDecay(0.5), dropout=0.5)
+    before = parameters(method.teacher)
+    calls = [record(network) for network in (method.denoiser, method.target, method.teacher)]
+    fit(method, steps=2, callbacks=[TargetEMA()])
+    assert [{call.training for call in seen} for seen in calls] == [{True}, {True}, {False}]
+    assert equal(parameters(method.teacher), before)
+    for network in (method.target, method.teacher):
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd"])
+def test_only_the_online_network_is_optimised(make_method, kind):
+    method = make_method(kind, target_decay=FixedDecay(0.5))
+    optimizer = method.configure_optimizers()["optimizer"]
+    optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert optimised == {id(parameter) for parameter in method.denoiser.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd"])
+def test_no_decay_means_no_copy(make_method, fit, record, kind):
+    method = make_method(kind)
+    assert method.target is None
+    calls = record(method.denoiser)
+    fit(method)
+    # Online and target are the same network: two calls, the larger level first.
+    assert len(calls) == 2
+    assert (calls[0].sigma > calls[1].sigma).all()
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd"])
+def test_target_that_nothing_moves_is_refused(make_method, fit, kind):
+    with pytest.raises(ValueError, match="no TargetEMA callback"):
+        fit(make_method(kind, target_decay=FixedDecay(0.5)))
+
+
+def test_distillation_refuses_a_consistency_model_as_teacher(make_denoiser):
+    with pytest.raises(ValueError, match="must be a diffusion model"):
+        distillation(make_denoiser(boundary=0.002))
+
+
+def test_edm_refuses_a_consistency_function(make_denoiser):
+    with pytest.raises(ValueError, match="boundary"):
+        EDM(make_denoiser(boundary=0.002), draw=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+
+
+def outputs_of(method, fit):
+    """What the training step returned, in every micro-batch of a fit of one step."""
+    seen, step = [], method.training_step
+    method.training_step = lambda *args: seen.append(step(*args)) or seen[-1]
+    torch.manual_seed(0)
+    fit(method, batch_size=8, images=torch.linspace(-1, 1, 128).view(8, 1, 4, 4))
+    return seen[0]
+
+
+def test_ict_weighs_by_the_gap_of_its_pairs(make_denoiser, fit, record):
+    denoiser = make_denoiser()
+    options = {"draw": GridPairs(FixedLevels(11), lognormal_index), "metric": pseudo_huber}
+    plain, weighted = (training(denoiser, weighting=w, **options) for w in (weightings.uniform, weightings.inverse_gap))
+    weights = parameters(denoiser)
+    calls = record(denoiser)
+    unweighted = outputs_of(plain, fit)
+    with torch.no_grad():
+        for parameter, start in zip(denoiser.parameters(), weights, strict=True):
+            parameter.copy_(start)
+    result = outputs_of(weighted, fit)
+    gap = calls[0].sigma - calls[1].sigma
+    assert_close(result["per_sample"] * gap, unweighted["per_sample"])
+    assert_close(result["loss"].detach(), result["per_sample"].mean())
+    assert torch.equal(result["sigma"], calls[0].sigma)
+    assert result["schedule"] == {"num_levels": 11}
+
+
+def test_edm_weighs_by_its_level(make_denoiser, fit, record):
+    denoiser = make_denoiser(boundary=0.0)
+    method = EDM(denoiser, draw=LogNormal(), weighting=weightings.edm, optimizer=partial(sgd, lr=0.0))
+    calls = record(denoiser)
+    result = outputs_of(method, fit)
+    (call,) = calls
+    images = torch.linspace(-1, 1, 128).view(8, 1, 4, 4)
+    error = (denoiser(call.x, call.sigma) - images).square().mean(dim=(1, 2, 3))
+    assert_close(result["per_sample"], weightings.edm(call.sigma, call.sigma) * error.detach())
+    assert_close(result["loss"].detach(), result["per_sample"].mean())
+
+
+@pytest.mark.parametrize("draw", [RatioPairs(steps_per_stage=2), GridPairs(DoublingLevels(1, 8, 8), uniform_index)])
+def test_draw_and_decay_follow_the_optimizer_steps(make_denoiser, fit, draw):
+    asked = []
+
+    def decay(step):
+        asked.append(step)
+        return 0.5
+
+    method = training(make_denoiser(), draw=draw, target_decay=decay, metric=partial(pseudo_huber, c=0))
+    schedules, step = [], method.training_step
+    method.training_step = lambda *args: schedules.append(step(*args)) or schedules[-1]
+    fit(method, steps=3, accumulate=2, callbacks=[TargetEMA()])
+    # Twice a step from the micro-batches, once from the callback that moves the target.
+    assert asked == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    expected = [draw.describe(step) for step in (0, 0, 1, 1, 2, 2)]
+    assert [{**result["schedule"]} for result in schedules] == [{**one, "target_decay": 0.5} for one in expected]
+
+
+def test_ect_trains_through_its_clean_targets(make_denoiser, fit):
+    method = training(
+        make_denoiser(boundary=0.0),
+        draw=RatioPairs(steps_per_stage=10),
+        metric=partial(pseudo_huber, c=0),
+        weighting=weightings.inverse_gap,
+        optimizer=torch.optim.RAdam,
+    )
+    before = parameters(method.denoiser)
+    fit(method, steps=2, batch_size=16)
+    after = parameters(method.denoiser)
+    assert not equal(before, after)
+    assert all(parameter.isfinite().all() for parameter in after)
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd", "edm"])
+def test_progress_counts_steps_and_images(make_method, make_denoiser, fit, kind):
+    if kind == "edm":
+        method = EDM(make_denoiser(boundary=0.0), draw=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+    else:
+        method = make_method(kind)
+    fit(method, steps=2, accumulate=3, batch_size=4)
+    assert (method.progress.step, method.progress.images_seen, method.progress.pending) == (2, 24, 0)
+
+
+def test_progress_is_saved_with_the_weights(make_denoiser):
+    method, again = training(make_denoiser()), training(make_denoiser())
+    method.progress.count(5)
+    method.progress.advance()
+    method.progress.count(7)
+    again.load_state_dict(method.state_dict())
+    # The 7 images of the unfinished step will be seen again.
+    assert (again.progress.step, again.progress.images_seen, again.progress.pending) == (1, 5, 0)
+
+
+def test_skipped_steps_do_not_count():
+    progress = Progress()
+    for images in (4, 4):  # the first one overflowed: its images were seen, its step did not happen
+        progress.count(images)
+    progress.advance()
+    assert (progress.step, progress.images_seen) == (1, 8)
+
+
+def test_rate_schedule_moves_once_per_optimizer_step(make_denoiser, fit):
+    halve = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    method = training(make_denoiser(), lr_schedule=halve)
+    trainer = fit(method, steps=3, accumulate=2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+
+
+def test_training_reduces_the_loss(make_denoiser, fit):
+    # One image, so that f(x, sigma) = image is learnable at once.
+    method = training(
+        make_denoiser(random_weights=False, channels=16),
+        draw=GridPairs(FixedLevels(3), uniform_index),
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+    )
+    losses, step = [], method.training_step
+    method.training_step = lambda *args: losses.append(step(*args)) or losses[-1]
+    fit(method, steps=60, batch_size=32, images=torch.full((60 * 32, 1, 4, 4), 0.7))
+    losses = [float(result["loss"].detach()) for result in losses]
+    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])

@@ -1,0 +1,110 @@
+"""The commands as a user types them: subprocesses, in an empty folder."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(name, *overrides, cwd, code=0):
+    done = subprocess.run(
+        [BIN / name, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_interrupted_run_continues_to_the_same_weights(tmp_path):
+    """Ctrl-C between the micro-batches of a run with dropout, a moving target and two averages."""
+    settings = [
+        "experiment=smoke_ct",
+        "trainer.max_steps=60",
+        "network.dropout=0.1",
+        "trainer.accumulate_grad_batches=2",
+        "callbacks.checkpoint.every_n_steps=1000",
+    ]
+    said = command("consistency-train", *settings, "run_name=straight", cwd=tmp_path)
+    assert "sample from it  consistency-sample ckpt=outputs/straight" in said
+    process = subprocess.Popen(
+        [BIN / "consistency-train", *settings, "run_name=stopped"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 30/60"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    status = json.loads((tmp_path / "outputs/stopped/status.json").read_text())
+    assert status["state"] == "interrupted"
+    assert 30 <= status["step"] < 60
+    assert "continuing from" in command("consistency-train", *settings, "run_name=stopped", cwd=tmp_path)
+
+    straight, stopped = (
+        torch.load(tmp_path / f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)
+        for name in ("straight", "stopped")
+    )
+    assert_same(straight["state_dict"], stopped["state_dict"])
+    assert_same(straight["callbacks"]["WeightEMA"], stopped["callbacks"]["WeightEMA"])
+    assert_same(straight["optimizer_states"][0]["state"], stopped["optimizer_states"][0]["state"])
+    losses = [
+        [row["loss"] for row in csv.DictReader((tmp_path / f"outputs/{name}/metrics.csv").open())]
+        for name in ("straight", "stopped")
+    ]
+    assert len(losses[0]) == 15
+    assert losses[0] == losses[1]
+
+    said = command("consistency-sample", "ckpt=outputs/stopped", "num_samples=4", "out=few.png", cwd=tmp_path)
+    assert "4 images" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "outputs"]
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=digits_cd", "teacher=nowhere"], ["teacher", "nowhere", "consistency-train experiment="]),
+        (["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]),
+        (["metric=nope"], ["nope", "pseudo_huber"]),
+        (["trainer.max_step=3"], ["max_step"]),
+    ],
+)
+def test_configuration_errors_are_short(tmp_path, overrides, words):
+    said = command("consistency-train", *overrides, cwd=tmp_path, code=1)
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, consistency, consistency.cli; assert not {'torch', 'lightning'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_mathematics_loads_neither_lightning_nor_hydra():
+    code = (
+        "import sys; from consistency import Denoiser, UNet, consistency_loss, ConsistencySampler; "
+        "assert not {'lightning', 'hydra', 'omegaconf', 'torchvision'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,227 @@
+"""The jobs behind the commands, in this process on the smoke recipes; test_cli.py runs the commands themselves."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from consistency import config
+from consistency.checkpoints.io import load_model
+from consistency.runs.sample import sample
+from consistency.runs.train import train
+
+config.register()
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def run(folder, name, *overrides):
+    """Train under outputs/NAME, as the command would."""
+    cfg = composed("train", f"run_name={name}", f"paths.output_dir={folder / 'outputs' / name}", *overrides)
+    config.validate(cfg)
+    return train(cfg)
+
+
+def draw(folder, ckpt, *overrides, out="images.png"):
+    """Sample into the folder, as the command would."""
+    return sample(composed("sample", f"ckpt={folder / 'outputs' / ckpt}", f"out={folder / out}", *overrides))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with an EDM and an iCT run."""
+    folder = tmp_path_factory.mktemp("user")
+    for method in ("edm", "ict"):
+        run(folder, f"smoke_{method}", f"experiment=smoke_{method}")
+    return folder
+
+
+def test_run_directory(folder):
+    directory = folder / "outputs" / "smoke_ict"
+    names = {path.name for path in directory.iterdir()}
+    assert {"config.yaml", "status.json", "metrics.csv", "checkpoints", "model", "samples"} <= names
+    assert json.loads((directory / "status.json").read_text())["state"] == "finished"
+    assert {path.name for path in (directory / "samples").iterdir()} == {
+        "onestep_000000384.png",
+        "twostep_000000384.png",
+    }
+    assert Image.open(directory / "samples" / "onestep_000000384.png").size == (70, 70)
+    assert not [path for path in directory.rglob("*") if "partial" in path.name]
+
+
+def test_metrics_of_a_run(folder):
+    with (folder / "outputs/smoke_ict/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
+    assert [int(row["images_seen"]) for row in rows] == [64, 128, 192, 256, 320, 384]
+    # 24 steps in K' = 4 each: the row of step 4 holds the last step of the first stage.
+    assert [float(row["num_levels"]) for row in rows] == [11, 21, 41, 81, 161, 161]
+    assert all(float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
+
+
+def test_checkpoint_opens_without_executing_anything(folder):
+    checkpoint = torch.load(folder / "outputs/smoke_ict/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["progress._extra_state"] == {"step": 24, "images_seen": 384}
+    assert "ConsistencyTraining" in checkpoint["consistency"]["config"]
+
+
+def test_exported_model_holds_the_first_average(folder):
+    exported, info = load_model(folder / "outputs/smoke_ict")
+    assert info["weights"] == "ema0.999"
+    assert info["images_seen"] == 384
+    same, _ = load_model(folder / "outputs/smoke_ict", "ema0.999")
+    raw, _ = load_model(folder / "outputs/smoke_ict", "raw")
+    assert torch.equal(exported.network.stem.weight, same.network.stem.weight)
+    assert not torch.equal(exported.network.stem.weight, raw.network.stem.weight)
+
+
+def test_finished_run_stays_as_it_is(folder, caplog):
+    model = folder / "outputs/smoke_ict/model/model.safetensors"
+    before = model.stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        assert run(folder, "smoke_ict", "experiment=smoke_ict") is None
+    assert "finished already" in caplog.text
+    assert model.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("method", "option"), [("cd", "teacher"), ("ect", "init_from"), ("ct", "init_from")])
+def test_methods_that_start_from_a_diffusion_model(folder, method, option):
+    start = folder / "outputs/smoke_edm"
+    run(
+        folder,
+        f"smoke_{method}",
+        f"experiment=smoke_{method}",
+        f"{option}={start}",
+        "trainer.max_steps=2",
+        "optimizer.lr=1e-12",
+    )
+    first, _ = load_model(start)
+    trained, info = load_model(folder / f"outputs/smoke_{method}", "raw")
+    assert info["images_seen"] == 32
+    # With a learning rate of nothing the weights are still the averaged ones of the diffusion model.
+    torch.testing.assert_close(trained.network.state_dict(), first.network.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_start_from_another_network_names_the_options(folder):
+    with pytest.raises(ValueError, match=r"network\.channels=8"):
+        run(folder, "other", "experiment=smoke_ect", f"init_from={folder}/outputs/smoke_edm", "network.channels=16")
+
+
+def test_other_settings_under_the_same_name_are_refused(folder):
+    with pytest.raises(ValueError, match="seed: 0 -> 5") as caught:
+        run(folder, "smoke_ict", "experiment=smoke_ict", "seed=5")
+    assert "overwrite=true" in str(caught.value)
+
+
+def test_overwrite_sets_the_old_run_aside(folder):
+    for steps in (2, 3):
+        run(folder, "twice", "experiment=smoke_ict", f"trainer.max_steps={steps}", f"overwrite={steps == 3}")
+    directory = folder / "outputs/twice"
+    assert json.loads((directory / "status.json").read_text())["step"] == 3
+    assert json.loads((directory / "previous/1/status.json").read_text())["step"] == 2
+    assert (directory / "previous/1/model/model.safetensors").exists()
+
+
+def test_same_seed_same_weights_other_seed_other_weights(folder):
+    settings = ("experiment=smoke_ict", "trainer.max_steps=3")
+    for name, seed in (("seed0", 0), ("seed0again", 0), ("seed1", 1)):
+        run(folder, name, *settings, f"seed={seed}")
+    a, b, c = (
+        load_model(folder / f"outputs/{name}")[0].network.stem.weight for name in ("seed0", "seed0again", "seed1")
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_sampling_during_training_does_not_change_it(folder):
+    settings = ("experiment=smoke_ict", "trainer.max_steps=4", "network.dropout=0.2")
+    run(folder, "without", *settings, "callbacks.sample_grid=null")
+    run(folder, "with", *settings, "callbacks.sample_grid.every_n_images=16")
+    a, b = (load_model(folder / f"outputs/{name}", "raw")[0].state_dict() for name in ("without", "with"))
+    assert len(list((folder / "outputs/with/samples").glob("onestep_*"))) == 4
+    assert all(torch.equal(a[key], b[key]) for key in a if key != "_extra_state")
+
+
+def test_wrong_sigma_data_is_warned_about(folder):
+    with pytest.warns(UserWarning, match=r"Set noise\.sigma_data=0\.75"):
+        run(folder, "sd", "experiment=smoke_ict", "noise.sigma_data=0.5", "trainer.max_steps=1")
+
+
+def test_target_without_its_callback_is_refused(folder):
+    with pytest.raises(ValueError, match="TargetEMA"):
+        run(folder, "stuck", "experiment=smoke_ct", "callbacks.target_ema=null")
+
+
+def test_class_conditional_run(folder):
+    run(folder, "labels", "experiment=smoke_ict", "network.num_classes=10", "trainer.max_steps=2")
+    out = draw(folder, "labels", "num_samples=12", "labels=[3,7]", out="labels.npz")
+    stored = np.load(out)
+    assert stored["arr_1"].tolist() == [3, 7] * 6
+    with pytest.raises(ValueError, match=r"\[0, 9\], got 10"):
+        draw(folder, "labels", "labels=10")
+
+
+def test_loggers_of_the_extras(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for logger in ("tensorboard", "wandb", "none"):
+        offline = ["logger.wandb.offline=true"] if logger == "wandb" else []
+        run(folder, logger, "experiment=smoke_ict", "trainer.max_steps=4", f"logger={logger}", *offline)
+    outputs = folder / "outputs"
+    assert list((outputs / "tensorboard").rglob("events.out.*"))
+    assert list((outputs / "wandb").rglob("*.wandb"))
+    assert len((outputs / "wandb/wandb_id.txt").read_text().strip()) == 8
+    assert (outputs / "wandb/metrics.csv").exists()
+    assert not (outputs / "none/metrics.csv").exists()
+    assert list((outputs / "none/samples").iterdir())
+
+
+def test_samples_do_not_depend_on_the_batch_size(folder):
+    a, b = (
+        np.load(draw(folder, "smoke_ict", "num_samples=10", "sampler=multistep", f"batch_size={n}", out=f"{n}.npz"))
+        for n in (3, 10)
+    )
+    assert a.files == ["arr_0"]  # unconditional: no labels
+    assert a["arr_0"].shape == (10, 8, 8, 1)
+    assert a["arr_0"].dtype == np.uint8
+    # Convolutions of another batch size may round the last bit differently: a grey level at most.
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"].astype(int)).max() <= 1
+
+
+def test_sample_from_a_checkpoint_into_single_pngs(folder):
+    sampler = ("sampler=heun", "sampler.num_steps=3")
+    out = draw(folder, "smoke_edm/checkpoints/last.ckpt", "weights=raw", "num_samples=2", *sampler, out="pngs")
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png"]
+    assert Image.open(out / "00000.png").size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "overrides", "words"),
+    [
+        ("nowhere", [], "does not exist"),
+        ("smoke_edm", [], "sampler=heun"),
+        ("smoke_ict", ["labels=3"], "unconditional"),
+        ("smoke_ict", ["sampler=multistep", "sampler.mid_sigmas=[0.5,2]"], r"change sampler\.mid_sigmas"),
+        ("smoke_ict", ["weights=ema0.5"], r"ema0\.999"),
+        ("smoke_ict", ["num_samples=0"], "num_samples"),
+    ],
+)
+def test_sample_mistakes_are_one_line(folder, ckpt, overrides, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        draw(folder, ckpt, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_checkpoint_is_named(folder):
+    path = folder / "outputs/damaged.ckpt"
+    path.write_bytes(os.urandom(1000))
+    with pytest.raises(ValueError, match=r"damaged\.ckpt is not a readable checkpoint"):
+        draw(folder, "damaged.ckpt")
