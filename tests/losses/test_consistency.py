@@ -102,10 +102,11 @@ def test_both_passes_share_one_dropout_mask(make_denoiser, own_target):
     assert not torch.equal(outputs[0], outputs[2])
 
 
-def test_target_level_zero_means_the_clean_image(make_denoiser):
+def test_target_level_zero_means_the_clean_image(make_denoiser, record):
     # ECT in its first stages: sigma_lo = 0 where sigma_hi is low.
     online, arguments = make_denoiser(boundary=0.0), pair()
     arguments["sigma_lo"][:2] = 0
+    calls = record(online)
     weight = 1 / (arguments["sigma_hi"] - arguments["sigma_lo"])
     references = []
 
@@ -114,6 +115,7 @@ def test_target_level_zero_means_the_clean_image(make_denoiser):
         return pseudo_huber(a, b, c=0)
 
     loss = consistency_loss(online, online, **arguments, metric=metric, weight=weight)
+    assert all((call.sigma > 0).all() for call in calls)  # ln 0 reaches no network
     assert torch.equal(references[0][:2], arguments["x_lo"][:2])
     with torch.no_grad():
         prediction = online(arguments["x_hi"], arguments["sigma_hi"])
