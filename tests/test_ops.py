@@ -36,12 +36,14 @@ def test_same_randomness(device):
 
 def test_derive_seed_is_fixed():
     # Seeds name published samples: they must be the same on every machine and in every version.
-    assert derive_seed(0, 1, 2) == 3071860871404845570
+    assert derive_seed("image", 0, 1) == 9015170255517031653
 
 
 def test_derive_seed_separates_its_keys():
-    seeds = {derive_seed(a, b, c) for a in range(6) for b in range(6) for c in range(6)}
-    assert len(seeds) == 6**3
+    seeds = {derive_seed(a, b, c) for a in ("image", "step") for b in range(6) for c in range(6)}
+    # Trailing zeros are keys like any other.
+    seeds |= {derive_seed("image", b) for b in range(6)} | {derive_seed("image", b, 0, 0) for b in range(6)}
+    assert len(seeds) == 2 * 6**2 + 12
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

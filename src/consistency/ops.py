@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,12 +46,14 @@ def same_randomness(device: torch.device) -> Iterator[Callable[[], None]]:
     yield rewind
 
 
-def derive_seed(*keys: int) -> int:
-    """A 63-bit seed that is a fixed function of non-negative integers, e.g. (seed, rank, images seen).
+def derive_seed(purpose: str, *keys: int) -> int:
+    """A 63-bit seed that is a fixed function of a purpose and non-negative integers, e.g. ("step", seed, rank, images).
 
-    Neighbouring keys give unrelated seeds, unlike `seed + rank`.
+    Neighbouring keys give unrelated seeds, unlike `seed + rank`; other purposes never share a stream.
     """
-    low, high = np.random.SeedSequence(keys).generate_state(2)
+    # The length is a key too: SeedSequence ignores trailing zeros.
+    sequence = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(keys), *keys])
+    low, high = sequence.generate_state(2)
     return int(low) | (int(high) & 0x7FFFFFFF) << 32
 
 

@@ -73,7 +73,7 @@ class SampleGrid(Callback):
         denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
         was_training = denoiser.training
         denoiser.eval()
-        seeds = [derive_seed(self.seed, index) for index in range(self.num_samples)]
+        seeds = [derive_seed("image", self.seed, index) for index in range(self.num_samples)]
         labels = None
         if denoiser.num_classes:
             labels = torch.arange(self.num_samples, device=pl_module.device) % denoiser.num_classes

@@ -28,4 +28,4 @@ class StepSeeds(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed the CPU and every CUDA device."""
         position = pl_module.progress.images_seen + pl_module.progress.pending
-        torch.manual_seed(derive_seed(self.seed, trainer.global_rank, position))
+        torch.manual_seed(derive_seed("step", self.seed, trainer.global_rank, position))

@@ -42,7 +42,7 @@ class ShuffledBatches(Sampler[list[int]]):
             for p in range(position, position + self.batch_size):
                 if p // self.num_images != epoch:
                     epoch = p // self.num_images
-                    generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+                    generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
                     order = torch.randperm(self.num_images, generator=generator)
                 batch.append(int(order[p % self.num_images]))
             yield batch

@@ -50,6 +50,10 @@ class _Growing:
         """k / K in [0, 1]."""
         return min(step / self.total_steps, 1.0)
 
+    def _between(self, share: float) -> int:
+        """floor(s0 + (s1 - s0) share) + 1; exact values must not fall one short by rounding."""
+        return math.floor(self.start + (self.end - self.start) * share + 1e-9) + 1
+
 
 @dataclass(frozen=True)
 class SqrtLevels(_Growing):
@@ -89,7 +93,7 @@ class LinearLevels(_Growing):
 
     def __call__(self, step: int) -> int:
         """N(step)."""
-        return math.floor(self.start + (self.end - self.start) * self.progress(step)) + 1
+        return self._between(self.progress(step))
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class SquareLevels(_Growing):
 
     def __call__(self, step: int) -> int:
         """N(step)."""
-        return math.floor(self.start + (self.end - self.start) * self.progress(step) ** 2) + 1
+        return self._between(self.progress(step) ** 2)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class CosineLevels(_Growing):
 
     def __call__(self, step: int) -> int:
         """N(step)."""
-        return math.floor(self.start + (self.end - self.start) * (1 - math.cos(math.pi * self.progress(step))) / 2) + 1
+        return self._between((1 - math.cos(math.pi * self.progress(step))) / 2)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def sample_images(
     state = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     batches = []
     for indices in torch.arange(num_samples).split(batch_size):
-        randn_like = randn_of_seeds([derive_seed(seed, int(i)) for i in indices], denoiser.image_shape)
+        randn_like = randn_of_seeds([derive_seed("image", seed, int(i)) for i in indices], denoiser.image_shape)
         batch_labels = None if all_labels is None else all_labels[indices].to(device)
         batches.append(to_uint8(sampler(denoiser, randn_like(state), batch_labels, randn_like)).cpu())
     return torch.cat(batches), all_labels
@@ -77,7 +77,7 @@ def _labels(labels: Any, num_samples: int, seed: int, num_classes: int) -> torch
             raise ValueError(f"labels={labels} was given, but the model is unconditional; leave labels=null")
         return None
     if labels is None:
-        picks = [derive_seed(seed, i, 1) % num_classes for i in range(num_samples)]
+        picks = [derive_seed("label", seed, i) % num_classes for i in range(num_samples)]
     else:
         given = [labels] if isinstance(labels, int) else list(labels)
         if not given or not all(isinstance(label, int) and 0 <= label < num_classes for label in given):
