@@ -160,13 +160,20 @@ def test_target_without_its_callback_is_refused(folder):
         run(folder, "stuck", "experiment=smoke_ct", "callbacks.target_ema=null")
 
 
-def test_class_conditional_run(folder):
-    run(folder, "labels", "experiment=smoke_ict", "network.num_classes=10", "trainer.max_steps=2")
-    out = draw(folder, "labels", "num_samples=12", "labels=[3,7]", out="labels.npz")
-    stored = np.load(out)
+def test_labels_of_samples(folder):
+    stored = np.load(draw(folder, "smoke_ict", "num_samples=12", "labels=[3,7]", out="labels.npz"))
     assert stored["arr_1"].tolist() == [3, 7] * 6
+    random = np.load(draw(folder, "smoke_ict", "num_samples=200", out="labels.npz"))["arr_1"]
+    assert set(random.tolist()) == set(range(10))
     with pytest.raises(ValueError, match=r"\[0, 9\], got 10"):
-        draw(folder, "labels", "labels=10")
+        draw(folder, "smoke_ict", "labels=10")
+
+
+def test_unconditional_run(folder):
+    run(folder, "unconditional", "experiment=smoke_ict", "network.num_classes=0", "trainer.max_steps=2")
+    assert np.load(draw(folder, "unconditional", "num_samples=2", out="none.npz")).files == ["arr_0"]
+    with pytest.raises(ValueError, match="unconditional"):
+        draw(folder, "unconditional", "labels=3")
 
 
 def test_loggers_of_the_extras(folder, monkeypatch):
@@ -189,7 +196,7 @@ def test_samples_do_not_depend_on_the_batch_size(folder):
         np.load(draw(folder, "smoke_ict", "num_samples=10", "sampler=multistep", f"batch_size={n}", out=f"{n}.npz"))
         for n in (3, 10)
     )
-    assert a.files == ["arr_0"]  # unconditional: no labels
+    assert (a["arr_1"] == b["arr_1"]).all()
     assert a["arr_0"].shape == (10, 8, 8, 1)
     assert a["arr_0"].dtype == np.uint8
     # Convolutions of another batch size may round the last bit differently: a grey level at most.
@@ -208,7 +215,6 @@ def test_sample_from_a_checkpoint_into_single_pngs(folder):
     [
         ("nowhere", [], "does not exist"),
         ("smoke_edm", [], "sampler=heun"),
-        ("smoke_ict", ["labels=3"], "unconditional"),
         ("smoke_ict", ["sampler=multistep", "sampler.mid_sigmas=[0.5,2]"], r"change sampler\.mid_sigmas"),
         ("smoke_ict", ["weights=ema0.5"], r"ema0\.999"),
         ("smoke_ict", ["num_samples=0"], "num_samples"),

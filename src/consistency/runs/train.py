@@ -125,7 +125,7 @@ def _loggers(cfg: DictConfig, run_dir: Path) -> list[Any]:
         file = run_dir / "wandb_id.txt"
         if not file.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"{derive_seed("wandb", time.time_ns(), os.getpid()):016x}"[-8:])
+            file.write_text(f"{derive_seed('wandb', time.time_ns(), os.getpid()):016x}"[-8:])
         wandb.id = file.read_text().strip()
     return _parts(cfg.logger)
 
