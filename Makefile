@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-train: $(INSTALLED)  ## Train iCT on real digits: about 3 minutes on 2 cores, writes outputs/digits_ict/
+train: $(INSTALLED)  ## Train iCT on real digits: 4 to 5 minutes on 2 cores, writes outputs/digits_ict/
 	@$(BIN)/consistency-train experiment=digits_ict $(ARGS)
 
 test: $(INSTALLED)  ## Run the whole test suite (ARGS='-k samplers' for a part)
@@ -29,7 +29,7 @@ check: $(INSTALLED)  ## Lint, format, spelling, types
 	@$(BIN)/codespell
 	@$(BIN)/mypy
 
-docs: $(INSTALLED)  ## Rebuild the tables and pictures of the docs from the runs under outputs/
+docs: $(INSTALLED)  ## Measure the digits runs under outputs/ for the table of experiments/README.md
 	@$(BIN)/python experiments/measure_digits.py $(ARGS)
 
 clean:  ## Remove .venv and caches; outputs/ stays

@@ -7,7 +7,9 @@ import sys
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from consistency import config
@@ -46,7 +48,8 @@ def _one_line_errors(job: Any) -> Any:
     try:
         return job()
     except (ValueError, FloatingPointError, InstantiationException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # Hydra then goes on with the other jobs
+        if in_sweep or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
         # Hydra wraps what a constructor says; the cause is the line that was written for the user.
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error

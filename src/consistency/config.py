@@ -18,9 +18,10 @@ _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1]
 CONF_DIR = _ROOT / "conf"
 EXPERIMENTS_DIR = _ROOT / "experiments"
 
-# Overrides below these keys leave the result of a run as it is, and so its name.
+# Settings below these keys leave the result of a run as it is: they neither change its name nor keep it from going on.
 _NEUTRAL = (
     "run_name",
+    "study_name",
     "overwrite",
     "logger",
     "paths",
@@ -59,14 +60,15 @@ def run_name(choices: DictConfig, overrides: Sequence[str]) -> str:
     changing = sorted(
         override
         for override in overrides
-        if not override.startswith("experiment=") and not _is_neutral(override.lstrip("+~").split("=")[0])
+        if not override.startswith("experiment=") and not is_neutral(override.lstrip("+~").split("=")[0])
     )
     if not changing:
         return base
     return f"{base}-{hashlib.sha256(' '.join(changing).encode()).hexdigest()[:6]}"
 
 
-def _is_neutral(key: str) -> bool:
+def is_neutral(key: str) -> bool:
+    """Whether a setting leaves the result of a run as it is."""
     return any(key == neutral or key.startswith((f"{neutral}.", f"{neutral}@")) for neutral in _NEUTRAL)
 
 
@@ -76,14 +78,18 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ValueError: one line that says what was got, what is allowed and which option to change.
     """
-    _require(cfg.trainer.max_steps >= 1, "trainer.max_steps", cfg.trainer.max_steps, "at least 1")
-    _require(cfg.data.batch_size >= 1, "data.batch_size", cfg.data.batch_size, "at least 1")
-    _require(
-        isinstance(cfg.optimizer.lr, int | float) and cfg.optimizer.lr > 0,
-        "optimizer.lr",
-        cfg.optimizer.lr,
-        "a positive number",
-    )
+    for option, kind in (
+        ("trainer.max_steps", int),
+        ("data.batch_size", int),
+        ("optimizer.lr", float),
+        ("noise.sigma_min", float),
+        ("noise.sigma_max", float),
+        ("noise.sigma_data", float),
+    ):
+        value = OmegaConf.select(cfg, option)
+        is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        allowed = "an integer, at least 1" if kind is int else "a positive number"
+        _require(is_number and value > 0, option, value, allowed)
     _require(
         0 < cfg.noise.sigma_min < cfg.noise.sigma_max,
         "noise.sigma_min",
@@ -94,6 +100,9 @@ def validate(cfg: DictConfig) -> None:
         halvings, size = len(cfg.network.channel_mult) - 1, cfg.data.image_size
         allowed = f"short enough that data.image_size={size} can be halved {halvings} times"
         _require(size % 2**halvings == 0, "network.channel_mult", list(cfg.network.channel_mult), allowed)
+        classes = cfg.network.num_classes
+        allowed = f"0 (unconditional) or data.num_classes={cfg.data.num_classes}"
+        _require(classes in (0, cfg.data.num_classes), "network.num_classes", classes, allowed)
     method = cfg.method._target_.rpartition(".")[2]
     draw = cfg.draw._target_.rpartition(".")[2]
     single = draw == "LogNormal"
@@ -112,6 +121,12 @@ def validate(cfg: DictConfig) -> None:
         )
     if cfg.get("metric") is not None and cfg.metric._target_.endswith("LPIPS") and cfg.metric.resize is None:
         _require(cfg.data.image_size >= 16, "metric.resize", None, "224, or images of at least 16 pixels")
+    if draw == "RatioPairs":
+        gap = cfg.draw.q ** -(cfg.trainer.max_steps // cfg.draw.steps_per_stage + 1.0)
+        allowed = "so many that the pairs of the last stage stay apart (q^-(stages) above 1e-6 in float32)"
+        _require(gap > 1e-6, "draw.steps_per_stage", cfg.draw.steps_per_stage, allowed)
+    if method == "ConsistencyDistillation":
+        _require(cfg.teacher is not None, "teacher", None, "a run, model folder or .ckpt file of method=edm")
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
         if source is not None:

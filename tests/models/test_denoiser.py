@@ -128,7 +128,7 @@ def test_config_rebuilds_the_model(make_unet):
 
 def test_state_of_another_model_is_refused(make_denoiser):
     # The weights would fit: only the stated configuration tells f from D.
-    with pytest.raises(ValueError, match=r"boundary: 0\.0 there, 0\.002 here"):
+    with pytest.raises(ValueError, match=r"boundary is 0\.002 here, 0\.0 there"):
         make_denoiser(boundary=0.002).load_state_dict(make_denoiser(boundary=0.0).state_dict())
 
 

@@ -41,8 +41,3 @@ def test_ict_weights_on_its_grids(num_levels, first, last, mean):
     assert float(weight[0]) == pytest.approx(first, rel=5e-6)
     assert float(weight[-1]) == pytest.approx(last, rel=5e-6)
     assert float((lognormal_index(sigmas) * weight).sum()) == pytest.approx(mean, rel=5e-6)
-
-
-def test_inverse_gap_refuses_single_levels():
-    with pytest.raises(ValueError, match="weighting=edm"):
-        weightings.inverse_gap(SIGMA_HI, SIGMA_HI)

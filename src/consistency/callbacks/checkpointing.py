@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 
@@ -17,7 +19,8 @@ class RunCheckpoint(Checkpoint):
 
     Ctrl-C and SIGTERM do not break into a step: it ends, the checkpoint is written, training stops, and
     `interrupted_by` holds the signal's number. A second Ctrl-C stops at once. Checkpoints are only written between
-    optimizer steps, so that a resumed run equals a straight one. The new file replaces the old one in one rename.
+    optimizer steps, so that a resumed run equals a straight one. The new file replaces the old one in one rename, and
+    never when the weights are not finite.
 
     Args:
         dirpath: Folder of the checkpoint.
@@ -33,11 +36,12 @@ class RunCheckpoint(Checkpoint):
         self.interrupted_by: int | None = None
         self.metadata: dict[str, Any] = {}
         self._last_step = 0
+        self._earlier_seconds, self._started = 0.0, time.perf_counter()
         self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen for signals."""
-        self._last_step = pl_module.progress.step
+        self._last_step, self._started = pl_module.progress.step, time.perf_counter()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._note)
@@ -55,14 +59,24 @@ class RunCheckpoint(Checkpoint):
         self._last_step = step
         # Every rank must take the same branch, or the others wait for ever.
         stop = trainer.strategy.reduce_boolean_decision(self.interrupted_by is not None, all=False)
-        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
+        if stop or step % self.every_n_steps == 0 or pl_module.progress.is_over:
             self.save(trainer)
         if stop:
             self.interrupted_by = self.interrupted_by or signal.SIGTERM
             trainer.should_stop = True
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write beside, flush to disk, rename."""
+        """Write beside, flush to disk, rename.
+
+        Raises:
+            FloatingPointError: if a weight is not finite; the earlier checkpoint stays.
+        """
+        norms = torch._foreach_norm(list(trainer.lightning_module.parameters()))
+        if not torch.stack(norms).isfinite().all():
+            raise FloatingPointError(
+                f"the weights are not finite any more, {self.path} was not written; lower optimizer.lr, or use "
+                "precision=fp32 if this run used fp16"
+            )
         partial = self.path.with_suffix(".partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
@@ -70,6 +84,19 @@ class RunCheckpoint(Checkpoint):
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
         trainer.strategy.barrier()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, earlier sessions of the run included."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, float]:
+        """The time so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Restore the time of earlier sessions."""
+        self._earlier_seconds = state_dict["seconds"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add `metadata` (plain values: the resolved configuration, the method) under our own key."""

@@ -50,7 +50,7 @@ class CsvLogger(Logger):
         """Write one row."""
         row = {"step": step, **metrics}
         if self._columns is None:
-            rows = [old for old in self._read() if int(old["step"]) < (step or 0)]
+            rows = [old for old in self._read() if (old["step"] or "").isdigit() and int(old["step"]) < (step or 0)]
             self._columns = list(rows[0]) if rows else []
             self._rewrite(rows)
         if new := [name for name in row if name not in self._columns]:

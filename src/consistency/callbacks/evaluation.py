@@ -55,8 +55,8 @@ class SampleGrid(Callback):
             return
         is_due = self.every_n_images and progress.images_seen >= self._next
         if is_due:
-            self._next += self.every_n_images
-        if (is_due or progress.step == trainer.max_steps) and trainer.is_global_zero:
+            self._next = (progress.images_seen // self.every_n_images + 1) * self.every_n_images
+        if (is_due or progress.is_over) and trainer.is_global_zero:
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -90,6 +90,6 @@ class SampleGrid(Callback):
 def _log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
     """Send a uint8 picture [3, H, W] to a logger that takes images; others already have the file."""
     if hasattr(logger, "log_image"):  # WandbLogger
-        logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()])
+        logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
     elif hasattr(logger.experiment, "add_image"):  # TensorBoardLogger
         logger.experiment.add_image(name, image, global_step=step)

@@ -32,6 +32,7 @@ class TrainingLog(Callback):
             )
         self.every_n_steps = every_n_steps
         self._edges = torch.tensor(LEVEL_EDGES).log()
+        self.last_row: dict[str, float] = {}
         self._reset(0, 0)
 
     def _reset(self, step: int, images: int) -> None:
@@ -74,11 +75,12 @@ class TrainingLog(Callback):
         self._counts.index_add_(0, band, torch.ones_like(loss))
 
         step = pl_module.progress.step
-        if step == self._last_step or (step % self.every_n_steps and step != trainer.max_steps):
+        if step == self._last_step or (step % self.every_n_steps and not pl_module.progress.is_over):
             return
         images = pl_module.progress.images_seen
         seconds = time.perf_counter() - self._since
-        sums, counts = self._sums.tolist(), self._counts.tolist()
+        reduce = trainer.strategy.reduce  # over ranks; all of them come here in the same step
+        sums, counts = (reduce(part, reduce_op="sum").tolist() for part in (self._sums, self._counts))
         row = {"loss": sum(sums) / sum(counts)}
         row |= {f"loss_level_{i}": s / c for i, (s, c) in enumerate(zip(sums, counts, strict=True)) if c}
         row |= outputs["schedule"]
@@ -89,6 +91,7 @@ class TrainingLog(Callback):
         row["images_per_second"] = (images - self._last_images) / max(seconds, 1e-9)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
+        self.last_row = row
         self._reset(step, images)
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(

@@ -39,7 +39,8 @@ class TrainingProgress(ProgressBar):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._history: deque[tuple[float, int]] = deque(maxlen=20)
-        self._shown_tenth = 10 * pl_module.progress.step // trainer.max_steps
+        self._total = pl_module.progress.total_steps or trainer.max_steps
+        self._shown_tenth = 10 * pl_module.progress.step // self._total
         self._next = 0.0
         console = Console()
         if console.is_terminal:
@@ -53,17 +54,16 @@ class TrainingProgress(ProgressBar):
                 console=console,
                 speed_estimate_period=60,
             )
-            self._task = self._bar.add_task(
-                "training", total=trainer.max_steps, completed=pl_module.progress.step, status=""
-            )
+            self._task = self._bar.add_task("training", total=self._total, completed=pl_module.progress.step, status="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update when it is time."""
+        if not self._enabled:
+            return
         now, step = time.perf_counter(), pl_module.progress.step
-        tenth = 10 * step // trainer.max_steps
-        is_due = now >= self._next if self._bar else tenth > self._shown_tenth
-        if not self._enabled or not (is_due or step == trainer.max_steps):
+        tenth = 10 * step // self._total
+        if not (now >= self._next or step >= self._total if self._bar else tenth > self._shown_tenth):
             return
         self._next, self._shown_tenth = now + self.refresh_seconds, tenth
         self._history.append((now, pl_module.progress.images_seen))
@@ -75,7 +75,7 @@ class TrainingProgress(ProgressBar):
         if self._bar:
             self._bar.update(self._task, completed=step, status="  ".join(parts))
         else:
-            print(f"step {step}/{trainer.max_steps}  " + "  ".join(parts), flush=True)
+            print(f"step {step}/{self._total}  " + "  ".join(parts), flush=True)
 
     def _stop(self) -> None:
         if self._bar:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from consistency.ops import derive_seed, from_uint8
+
+log = logging.getLogger(__name__)
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -23,20 +25,27 @@ class ShuffledBatches(Sampler[list[int]]):
         num_images: N.
         batch_size: Images of one rank in one micro-batch.
         seed: Of the permutations.
-        start: Images already seen, over all ranks.
+        start: Images already seen, over all ranks; asked when iteration begins.
         rank: Of this process.
         world_size: Number of processes.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start: Callable[[], int] = int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.rank, self.world_size = start, rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        position = self.start + self.rank * self.batch_size
+        position = self.start() + self.rank * self.batch_size
         while True:
             batch = []
             for p in range(position, position + self.batch_size):
@@ -53,7 +62,8 @@ class ImageDataModule(L.LightningDataModule):
     """Batches (float32 [B, C, H, W] in [-1, 1], int64 [B]) of a data set, endlessly.
 
     Args:
-        dataset: The data set, or a function that makes it (so that configuration costs nothing).
+        dataset: Items (uint8 [C, H, W], label), or a function that makes the data set (configuration then costs
+            nothing). One with `__getitems__` reads a batch in one call, as `ImageArray` does.
         batch_size: Images of one optimizer step over all ranks and accumulated micro-batches.
         seed: Of the order.
         image_size: Checked against the data.
@@ -128,12 +138,15 @@ class ImageDataModule(L.LightningDataModule):
             len(self.dataset),
             self.batch_size // parts,
             seed=self.seed,
-            start=progress.images_seen,
+            start=lambda: progress.images_seen,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
         return DataLoader(
-            self.dataset, batch_sampler=batches, num_workers=self.num_workers, collate_fn=_already_a_batch
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=_already_a_batch if hasattr(self.dataset, "__getitems__") else default_collate,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -142,16 +155,20 @@ class ImageDataModule(L.LightningDataModule):
         return from_uint8(images), labels
 
     def _fetch(self, indices: list[int]) -> Any:
-        return self.dataset.__getitems__(indices)
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return default_collate([self.dataset[index] for index in indices])
 
 
 def warn_about_sigma_data(measured: float, setting: float) -> None:
     """Warn when the data's standard deviation is more than 20 % off the setting that all scalings use."""
     if abs(measured / setting - 1) > 0.2:
-        warnings.warn(
-            f"noise.sigma_data is {setting}, but the data has a standard deviation of {measured:.3f} in [-1, 1]; "
-            f"the preconditioning is off. Set noise.sigma_data={measured:.2f}",
-            stacklevel=2,
+        log.warning(
+            "noise.sigma_data is %s, but the data has a standard deviation of %.3f in [-1, 1]; the preconditioning is "
+            "off. Set noise.sigma_data=%.2f",
+            setting,
+            measured,
+            measured,
         )
 
 

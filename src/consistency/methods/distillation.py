@@ -9,13 +9,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from consistency.losses.consistency import Metric, consistency_loss
+from consistency.losses.consistency import Metric
 from consistency.methods.progress import Progress, check_target_moves, configure_optimizer
+from consistency.methods.step import consistency_step
 from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
 from consistency.noise.draws import PairDraw
-from consistency.ops import append_dims
 
 
 class ConsistencyDistillation(L.LightningModule):
@@ -85,29 +85,13 @@ class ConsistencyDistillation(L.LightningModule):
         check_target_moves(self.trainer, self.target)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, with `per_sample` [B] and `sigma` [B] for callbacks."""
-        images, labels = batch
-        step = self.progress.step
-        self.progress.count(len(images) * self.trainer.world_size)
-        sigma_lo, sigma_hi = self.draw(step, len(images), images.device)
-        x_hi = images + append_dims(sigma_hi, images.ndim) * torch.randn_like(images)
-        with torch.no_grad():
-            x_lo = self.solver(self.teacher, x_hi, sigma_hi, sigma_lo, labels)
-        loss = consistency_loss(
-            self.denoiser,
-            self.denoiser if self.target is None else self.target,
-            x_hi=x_hi,
-            x_lo=x_lo,
-            sigma_hi=sigma_hi,
-            sigma_lo=sigma_lo,
-            metric=self.metric,
-            weight=self.weighting(sigma_lo, sigma_hi),
-            labels=labels,
+        """One micro-batch; x_lo is the teacher's ODE step from x_hi."""
+        _, labels = batch
+        return consistency_step(
+            self,
+            batch,
+            lambda x_hi, noise, sigma_hi, sigma_lo: self.solver(self.teacher, x_hi, sigma_hi, sigma_lo, labels),
         )
-        schedule = self.draw.describe(step)
-        if self.target_decay is not None:
-            schedule["target_decay"] = self.target_decay(step)
-        return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma_hi, "schedule": schedule}
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the online network."""

@@ -22,6 +22,12 @@ class Progress(nn.Module):
         self.step = 0
         self.images_seen = 0
         self.pending = 0
+        self.total_steps: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has done its `total_steps`; False where nobody said how many."""
+        return self.total_steps is not None and self.step >= self.total_steps
 
     def count(self, num_images: int) -> None:
         """Note images (over all ranks) that entered a forward pass."""

@@ -9,8 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from consistency.losses.consistency import Metric, consistency_loss
+from consistency.losses.consistency import Metric
 from consistency.methods.progress import Progress, check_target_moves, configure_optimizer
+from consistency.methods.step import consistency_step
 from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
 from consistency.noise.draws import PairDraw
@@ -62,27 +63,11 @@ class ConsistencyTraining(L.LightningModule):
         check_target_moves(self.trainer, self.target)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, with `per_sample` [B] and `sigma` [B] for callbacks."""
-        images, labels = batch
-        step = self.progress.step
-        self.progress.count(len(images) * self.trainer.world_size)
-        sigma_lo, sigma_hi = self.draw(step, len(images), images.device)
-        noise = torch.randn_like(images)
-        loss = consistency_loss(
-            self.denoiser,
-            self.denoiser if self.target is None else self.target,
-            x_hi=images + append_dims(sigma_hi, images.ndim) * noise,
-            x_lo=images + append_dims(sigma_lo, images.ndim) * noise,
-            sigma_hi=sigma_hi,
-            sigma_lo=sigma_lo,
-            metric=self.metric,
-            weight=self.weighting(sigma_lo, sigma_hi),
-            labels=labels,
+        """One micro-batch; x_lo is the same image under the same noise at sigma_lo."""
+        images, _ = batch
+        return consistency_step(
+            self, batch, lambda x_hi, noise, sigma_hi, sigma_lo: images + append_dims(sigma_lo, images.ndim) * noise
         )
-        schedule = self.draw.describe(step)
-        if self.target_decay is not None:
-            schedule["target_decay"] = self.target_decay(step)
-        return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma_hi, "schedule": schedule}
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the online network."""

@@ -91,11 +91,16 @@ class Denoiser(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Refuse the state of a denoiser that was built otherwise."""
-        mine, theirs = _flat(self.config), _flat(state)
-        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        if different:
-            listed = ", ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in different)
-            raise ValueError(f"the checkpoint is of another model ({listed}); use its settings or another run_name")
+        if different := self.differences(state):
+            raise ValueError(f"the checkpoint is of another model ({different}); use its settings or another run_name")
+
+    def differences(self, other: dict[str, Any], ignore: tuple[str, ...] = ()) -> str:
+        """Settings that differ from those of another `config`, as text; empty if none does."""
+        mine, theirs = _flat(self.config), _flat(other)
+        names = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        return ", ".join(
+            f"{key} is {mine.get(key)} here, {theirs.get(key)} there" for key in names if key not in ignore
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -160,14 +160,9 @@ class UNet(nn.Module):
             c_noise: [B], the noise conditioning.
             labels: [B] int64 in [0, num_classes), or None for an unconditional network.
         """
-        emb = self.embed_noise(c_noise)
-        if self.embed_label is not None:
-            if labels is None:
-                raise ValueError(f"this network is conditional on {self.num_classes} classes, but labels is None")
-            # EDM scales the one-hot vector to unit variance.
-            one_hot = F.one_hot(labels, self.num_classes).to(emb.dtype)
-            emb = emb + self.embed_label(one_hot * self.num_classes**0.5)
-        emb = F.silu(self.linear1(F.silu(self.linear0(emb))))  # [B, 4 * channels]
+        # In float32 always: bf16 cannot tell neighbouring levels of a fine grid apart.
+        with torch.autocast(x.device.type, enabled=False):
+            emb = self._embed(c_noise.float(), labels)
 
         hidden = self.stem(x)
         skips = [hidden]
@@ -179,3 +174,14 @@ class UNet(nn.Module):
         for block, takes_skip in zip(self.decoder, self._takes_skip, strict=True):
             hidden = block(torch.cat([hidden, skips.pop()], dim=1) if takes_skip else hidden, emb)
         return self.out_conv(F.silu(self.out_norm(hidden)))
+
+    def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """[B], [B] -> [B, 4 * channels]."""
+        emb = self.embed_noise(c_noise)
+        if self.embed_label is not None:
+            if labels is None:
+                raise ValueError(f"this network is conditional on {self.num_classes} classes, but labels is None")
+            # EDM scales the one-hot vector to unit variance.
+            one_hot = F.one_hot(labels, self.num_classes).to(emb.dtype)
+            emb = emb + self.embed_label(one_hot * self.num_classes**0.5)
+        return F.silu(self.linear1(F.silu(self.linear0(emb))))

@@ -36,11 +36,7 @@ def truncated_snr(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
 
 
 def inverse_gap(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
-    """1 / (sigma_hi - sigma_lo) (iCT, Sec. 3.1 and Table 1; ECT uses the same on its own pairs).
-
-    Raises:
-        ValueError: if a pair has no gap, as in the denoising loss of EDM.
+    """1 / (sigma_hi - sigma_lo) (iCT, Sec. 3.1 and Table 1; ECT uses the same on its own pairs).. It needs pairs:
+    the single level of EDM has no gap.
     """
-    if sigma_lo is sigma_hi:
-        raise ValueError("weighting=inverse_gap needs pairs of levels, method=edm draws single ones; use weighting=edm")
     return 1 / (sigma_hi - sigma_lo)

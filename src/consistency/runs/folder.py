@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.io import MODEL_FOLDER
+from consistency.config import is_neutral
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,8 @@ _RUN_FILES = (
     "samples",
     "tensorboard",
     "wandb",
+    "wandb_id.txt",
 )
-# Settings that may differ between a run and its continuation.
-_FREE_SETTINGS = ("overwrite", "logger", "paths", "run_name", "study_name", "callbacks.progress", "callbacks.log")
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:
@@ -62,13 +62,7 @@ def check_same_settings(cfg: DictConfig, run_dir: Path) -> None:
         return
     old = _flat(OmegaConf.to_container(OmegaConf.load(file), resolve=True))
     new = _flat(OmegaConf.to_container(cfg, resolve=True))
-    changed = sorted(
-        key
-        for key in old.keys() | new.keys()
-        if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
-        and not key.endswith((".dirpath", ".num_workers"))
-    )
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not is_neutral(key))
     if changed:
         listed = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:5])
         raise ValueError(
@@ -85,12 +79,12 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def say_where(run_dir: Path) -> None:
     """Log where the results are, and the command that samples from them."""
+    method = json.loads((run_dir / MODEL_FOLDER / "config.json").read_text())["info"]["method"]
     run_dir = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    grids = sorted((run_dir / "samples").glob("*.png"))
+    newest = {grid.name.rsplit("_", 1)[0]: grid for grid in sorted((run_dir / "samples").glob("*.png"))}
     log.info("run directory   %s", run_dir)
-    for name in dict.fromkeys(grid.name.rsplit("_", 1)[0] for grid in grids):
-        log.info("sample grid     %s", max(grid for grid in grids if grid.name.startswith(f"{name}_")))
+    for grid in newest.values():
+        log.info("sample grid     %s", grid)
     log.info("exported model  %s", run_dir / MODEL_FOLDER)
-    is_diffusion = any(grid.name.startswith("heun") for grid in grids)
-    sampler = " sampler=heun" if is_diffusion else ""
+    sampler = " sampler=heun" if method == "EDM" else ""
     log.info("sample from it  consistency-sample ckpt=%s num_samples=100 seed=0%s out=samples.png", run_dir, sampler)

@@ -13,26 +13,24 @@ from omegaconf import DictConfig
 from consistency.checkpoints.io import load_model
 from consistency.data.files import save_grid, save_npz, save_pngs
 from consistency.ops import derive_seed, randn_of_seeds, to_uint8
+from consistency.sampling.samplers import ConsistencySampler, OdeSampler
 
 log = logging.getLogger(__name__)
 
 
 def sample(cfg: DictConfig) -> Path:
     """Draw images from a trained model; returns what was written."""
+    out = Path(cfg.out)
+    if out.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"out={out} has the ending {out.suffix}; use .png (a grid), .npz, or none (a folder of PNGs)")
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
     sampler = instantiate(cfg.sampler, _convert_="object")
-    is_diffusion = info.get("method") == "EDM"
-    if is_diffusion and not hasattr(sampler, "solver"):
-        raise ValueError(
-            f"{cfg.ckpt} is a diffusion model, which one evaluation cannot sample; use sampler=heun (or euler, dpm2, "
-            "ancestral)"
-        )
+    _check_sampler(sampler, info.get("method"), cfg.ckpt)
     device = _device(cfg.device)
     denoiser = denoiser.to(device)
     images, labels = sample_images(
         denoiser, sampler, num_samples=cfg.num_samples, seed=cfg.seed, batch_size=cfg.batch_size, labels=cfg.labels
     )
-    out = Path(cfg.out)
     if out.suffix == ".png":
         save_grid(images, out)
     elif out.suffix == ".npz":
@@ -42,6 +40,16 @@ def sample(cfg: DictConfig) -> Path:
     log.info("%d images (%s, weights %s, seed %d) -> %s", len(images), info.get("method", "model"), info.get("weights"),
              cfg.seed, out)  # fmt: skip
     return out
+
+
+def _check_sampler(sampler: Any, method: str | None, ckpt: str) -> None:
+    """Refuse what draws nonsense: one evaluation of a diffusion model, an ODE solver on a consistency model."""
+    if method == "EDM" and isinstance(sampler, ConsistencySampler):
+        allowed = "sampler=heun (or euler, dpm2, ancestral)"
+        raise ValueError(f"{ckpt} is a diffusion model, which one or two evaluations cannot sample; use {allowed}")
+    if method not in ("EDM", None) and isinstance(sampler, OdeSampler):
+        allowed = "sampler=onestep or multistep"
+        raise ValueError(f"{ckpt} is a consistency model ({method}), not a derivative of an ODE; use {allowed}")
 
 
 def sample_images(

@@ -11,104 +11,147 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.callbacks.averaging import WeightEMA
 from consistency.callbacks.checkpointing import RunCheckpoint
+from consistency.callbacks.ending import EndOfRun
+from consistency.callbacks.health import TrainingLog
 from consistency.callbacks.randomness import StepSeeds
 from consistency.checkpoints.io import CHECKPOINT, MODEL_FOLDER, load_denoiser, read_checkpoint, save_denoiser
-from consistency.data.module import warn_about_sigma_data
+from consistency.data.module import ImageDataModule, warn_about_sigma_data
+from consistency.models.denoiser import Denoiser
 from consistency.ops import derive_seed
 from consistency.runs.folder import check_same_settings, say_where, set_aside, status_of, write_status
 
 log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*`tensorboardX`.*",
+    ".*LeafSpec.*",
+    ".*in eval mode at the start of training.*",  # the teacher, on purpose
+)
 
 
 def train(cfg: DictConfig) -> float | None:
     """Train a model into its run directory; started again, continue or say that it is finished.
 
     Returns:
-        The last mean loss, for sweeps; None when there was nothing left to do.
+        The last logged loss, for sweeps; None when there was nothing left to do.
     """
     run_dir = Path(cfg.paths.output_dir)
-    if cfg.overwrite:
-        set_aside(run_dir)
-    check_same_settings(cfg, run_dir)
-    if status_of(run_dir).get("state") == "finished":
+    # Other ranks are started by the first one, in the middle of its run: they must not look after the directory.
+    is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if is_first_rank:
+        if cfg.overwrite:
+            set_aside(run_dir)
+        check_same_settings(cfg, run_dir)
+    if is_first_rank and status_of(run_dir).get("state") == "finished":
         log.info("%s is finished already; overwrite=true trains it again, run_name=NAME trains another.", run_dir)
         say_where(run_dir)
         return None
-
-    checkpoint = run_dir / CHECKPOINT
-    resumes = checkpoint.exists()
-    if resumes:
+    checkpoint = run_dir / CHECKPOINT if (run_dir / CHECKPOINT).exists() else None
+    if checkpoint is not None:
         read_checkpoint(checkpoint)  # a damaged file is an error before anything is built
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data, _convert_="object")
     data.setup("fit")
-    warn_about_sigma_data(data.sigma_data(), cfg.noise.sigma_data)
     method = instantiate(cfg.method, _convert_="object")
-    if cfg.init_from and not resumes:
+    if cfg.init_from and checkpoint is None:
         _start_from(method, cfg.init_from)
+    _check_fits(method.denoiser, data)
+    warn_about_sigma_data(data.sigma_data(), method.denoiser.sigma_data)
+    callbacks = [StepSeeds(cfg.seed), EndOfRun(cfg.trainer.max_steps), *_parts(cfg.callbacks)]
+    trainer = _trainer(cfg, callbacks, _loggers(cfg, run_dir), run_dir)
 
-    callbacks = [StepSeeds(cfg.seed), *_parts(cfg.callbacks)]
-    for callback in callbacks:
-        if isinstance(callback, RunCheckpoint):
-            callback.metadata = {"config": OmegaConf.to_yaml(cfg, resolve=True), "method": type(method).__name__}
-    trainer = instantiate(cfg.trainer, _convert_="object", callbacks=callbacks, logger=_loggers(cfg, run_dir) or False)
-    if trainer.is_global_zero:
+    if is_first_rank:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        earlier_seconds = status_of(run_dir).get("seconds", 0.0) if resumes else 0.0
-        write_status(run_dir, state="running", seconds=earlier_seconds)
+        write_status(run_dir, state="running")
         count = sum(p.numel() for p in method.denoiser.parameters())
-        log.info("%s: %s, %s parameters, %d steps of %d images", run_dir, type(method).__name__, f"{count:,}",
-                 trainer.max_steps, cfg.data.batch_size)  # fmt: skip
-        if resumes:
-            log.info("continuing from %s", checkpoint)
+        what = f"{type(method).__name__}, {count:,} parameters, {cfg.trainer.max_steps} steps of {data.batch_size}"
+        log.info("%s: %s%s", run_dir, what, f"; continuing from {checkpoint}" if checkpoint else "")
+    saver = next((callback for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
+    if saver is not None:
+        saver.metadata = {"config": OmegaConf.to_yaml(cfg, resolve=True), "method": type(method).__name__}
 
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*`tensorboardX`.*")
-        trainer.fit(method, datamodule=data, ckpt_path=checkpoint if resumes else None, weights_only=True)
-    seconds = time.perf_counter() - started
+    try:
+        with warnings.catch_warnings():
+            for expected in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=expected)
+            trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except Exception as error:
+        if is_first_rank:
+            write_status(run_dir, state="failed", error=f"{type(error).__name__}: {error}")
+        log.exception("the run failed")
+        raise
+    finally:
+        _finish_wandb(trainer)
 
-    interrupted_by = next((c.interrupted_by for c in callbacks if isinstance(c, RunCheckpoint)), None)
-    loss = trainer.callback_metrics.get("loss")
-    progress = method.progress
-    if trainer.is_global_zero:
-        facts = {
-            "step": progress.step,
-            "images_seen": progress.images_seen,
-            "seconds": round(earlier_seconds + seconds, 1),
-        }
-        if interrupted_by is not None:
+    facts = {
+        "step": method.progress.step,
+        "images_seen": method.progress.images_seen,
+        "seconds": round(saver.seconds if saver else time.perf_counter() - started, 1),
+    }
+    if saver is not None and saver.interrupted_by is not None:
+        if is_first_rank:
             write_status(run_dir, state="interrupted", **facts)
-            log.info("stopped at step %d and saved; the same command continues from there.", progress.step)
-        else:
-            _export(method, callbacks, run_dir, cfg)
-            write_status(run_dir, state="finished", **facts)
-            log.info("trained %s images in %.0f s", f"{progress.images_seen:,}", facts["seconds"])
-            say_where(run_dir)
-    if interrupted_by is not None:
-        raise SystemExit(128 + interrupted_by)
-    return None if loss is None else float(loss)
+            log.info("stopped at step %d and saved; the same command continues from there.", facts["step"])
+        raise SystemExit(128 + saver.interrupted_by)
+    if is_first_rank:
+        _export(method, callbacks, run_dir, cfg)
+        write_status(run_dir, state="finished", **facts)
+        log.info("trained %s images in %.0f s", f"{facts['images_seen']:,}", facts["seconds"])
+        say_where(run_dir)
+    return next((c.last_row.get("loss") for c in callbacks if isinstance(c, TrainingLog)), None)
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run_dir: Path) -> L.Trainer:
+    """Lightning's trainer; it makes no checkpoint or bar of its own where ours is switched off."""
+    trainer = instantiate(
+        cfg.trainer,
+        _convert_="object",
+        max_steps=-1,  # EndOfRun stops, by steps that happened
+        callbacks=callbacks,
+        logger=loggers or False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        default_root_dir=run_dir,
+    )
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    for logger in loggers:
+        logger.log_hyperparams(settings)
+    return trainer
+
+
+def _check_fits(denoiser: Denoiser, data: ImageDataModule) -> None:
+    """Refuse a network (of a teacher, say) that was made for other images: convolutions would run all the same."""
+    if denoiser.image_shape != data.image_shape:
+        raise ValueError(
+            f"the network is for images {list(denoiser.image_shape)}, the data set has {list(data.image_shape)}; "
+            "change network.image_size and network.in_channels, or teacher"
+        )
+    if denoiser.num_classes not in (0, data.num_classes):
+        raise ValueError(
+            f"the network has {denoiser.num_classes} classes, the data set {data.num_classes}; "
+            "change network.num_classes (0 for unconditional), or teacher"
+        )
 
 
 def _start_from(method: Any, source: str) -> None:
     """Give the online (and target) network the weights of another model of the same architecture."""
     start = load_denoiser(source)
-    try:
-        method.denoiser.network.load_state_dict(start.network.state_dict())
-    except RuntimeError as error:
-        mine, theirs = method.denoiser.network.config, start.network.config
-        different = ", ".join(
-            f"network.{k}={theirs[k]}" for k in theirs if theirs[k] != mine.get(k) and "dropout" not in k
-        )
-        raise ValueError(f"init_from={source} has another network; set {different}") from error
+    # What a model means depends on settings without weights too: noise_scale, sigma_data, skip_scale, ...
+    different = method.denoiser.differences(start.config, ignore=("boundary", "dropout", "dropout_max_resolution"))
+    if different:
+        raise ValueError(f"init_from={source} is another model ({different}); use its settings")
+    method.denoiser.network.load_state_dict(start.network.state_dict())
     if method.target is not None:
         method.target.load_state_dict(method.denoiser.state_dict())
 
@@ -147,3 +190,11 @@ def _export(method: Any, callbacks: list[Any], run_dir: Path, cfg: DictConfig) -
             weights = callback.averages[callback.name()]
             break
     save_denoiser(method.denoiser, run_dir / MODEL_FOLDER, info, weights)
+
+
+def _finish_wandb(trainer: L.Trainer) -> None:
+    """End the W&B run of this job: the next job of a sweep must not go on in it."""
+    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+        import wandb
+
+        wandb.finish()
