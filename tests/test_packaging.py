@@ -25,4 +25,4 @@ def test_wheel_runs_elsewhere(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
     assert "consistency.losses.metrics.l2" in done.stdout
-    assert "max_steps: 2000" in done.stdout
+    assert "max_steps: 1500" in done.stdout
