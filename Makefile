@@ -21,7 +21,7 @@ train: $(INSTALLED)  ## Train iCT on real digits: 4 to 5 minutes on 2 cores, wri
 	@$(BIN)/consistency-train experiment=digits_ict $(ARGS)
 
 test: $(INSTALLED)  ## Run the whole test suite (ARGS='-k samplers' for a part)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(INSTALLED)  ## Lint, format, spelling, types
 	@$(BIN)/ruff check .

@@ -100,6 +100,11 @@ def test_sampler_instantiates(sampler):
         (["method=edm", "draw=lognormal_index", "+curriculum=ict"], ["draw", "GridPairs", "lognormal"]),
         (["draw=lognormal"], ["draw", "LogNormal", "uniform_index"]),
         (["method=edm", "weighting=inverse_gap"], ["weighting", "inverse_gap", "method=edm"]),
+        (["curriculum=ect"], ["draw.num_levels", "curriculum.num_levels"]),
+        (["network.num_classes=5"], ["network.num_classes", "5", "data.num_classes=10"]),
+        (["data.batch_size=oops"], ["data.batch_size", "oops", "integer"]),
+        (["method=cd"], ["teacher", "None", "method=edm"]),
+        (["method=ect", "draw.q=256", "draw.steps_per_stage=100"], ["draw.steps_per_stage", "100"]),
         (["init_from=nowhere/run"], ["init_from", "nowhere/run", "existing run"]),
     ],
 )

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from consistency import config
 
@@ -47,10 +48,10 @@ def _one_line_errors(job: Any) -> Any:
     """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         return job()
-    except (ValueError, FloatingPointError, InstantiationException) as error:
+    except (ValueError, FloatingPointError, InstantiationException, OmegaConfBaseException) as error:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # Hydra then goes on with the other jobs
         if in_sweep or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
         # Hydra wraps what a constructor says; the cause is the line that was written for the user.
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        sys.exit(f"consistency: {cause}")
+        sys.exit(f"consistency: {cause}".splitlines()[0])

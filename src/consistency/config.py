@@ -11,6 +11,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 _PACKAGE = Path(__file__).parent
 # Inside the package when installed from a wheel, at the top of the repository otherwise.
@@ -78,6 +79,13 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ValueError: one line that says what was got, what is allowed and which option to change.
     """
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{error.full_key} needs a part that is not there: {reason}; choose parts of one method"
+        ) from None
     for option, kind in (
         ("trainer.max_steps", int),
         ("data.batch_size", int),
@@ -96,7 +104,9 @@ def validate(cfg: DictConfig) -> None:
         cfg.noise.sigma_min,
         f"between 0 and noise.sigma_max={cfg.noise.sigma_max}",
     )
-    if cfg.get("network") is not None:
+    is_distillation = cfg.method._target_.endswith("ConsistencyDistillation")
+    _require(cfg.network is not None or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
+    if cfg.network is not None:
         halvings, size = len(cfg.network.channel_mult) - 1, cfg.data.image_size
         allowed = f"short enough that data.image_size={size} can be halved {halvings} times"
         _require(size % 2**halvings == 0, "network.channel_mult", list(cfg.network.channel_mult), allowed)
@@ -125,7 +135,7 @@ def validate(cfg: DictConfig) -> None:
         gap = cfg.draw.q ** -(cfg.trainer.max_steps // cfg.draw.steps_per_stage + 1.0)
         allowed = "so many that the pairs of the last stage stay apart (q^-(stages) above 1e-6 in float32)"
         _require(gap > 1e-6, "draw.steps_per_stage", cfg.draw.steps_per_stage, allowed)
-    if method == "ConsistencyDistillation":
+    if is_distillation:
         _require(cfg.teacher is not None, "teacher", None, "a run, model folder or .ckpt file of method=edm")
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
