@@ -127,7 +127,6 @@ class ResidualBlock(nn.Module):
         scale_shift: The embedding scales and shifts after the second norm (AdaGN, ADM) instead of being added before.
         skip_scale: Factor after each residual sum; sqrt(1/2) keeps the variance (DDPM++, NCSN++), 1 in ADM.
         eps: Of the group norms.
-        resample_proj: Learned 1x1 convolution on the skip branch of a resampling block (DDPM++, NCSN++).
     """
 
     def __init__(
@@ -143,7 +142,6 @@ class ResidualBlock(nn.Module):
         scale_shift: bool = False,
         skip_scale: float = 1.0,
         eps: float = 1e-5,
-        resample_proj: bool = False,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -156,7 +154,8 @@ class ResidualBlock(nn.Module):
         self.affine = nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))
         self.norm1 = group_norm(out_channels, eps)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        needs_proj = in_channels != out_channels or (resample is not None and resample_proj)
+        # DDPM++ and NCSN++ learn the skip branch of a resampling block too.
+        needs_proj = in_channels != out_channels or resample is not None
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if needs_proj else nn.Identity()
         self.attention = (
             SelfAttention(out_channels, head_channels=head_channels, eps=eps, skip_scale=skip_scale)

@@ -99,7 +99,6 @@ class UNet(nn.Module):
                 scale_shift=scale_shift,
                 skip_scale=skip_scale,
                 eps=norm_eps,
-                resample_proj=True,
             )
 
         self.embed_noise = (
