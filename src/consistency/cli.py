@@ -37,6 +37,7 @@ def sample(cfg: DictConfig) -> None:
     """consistency-sample: images from a trained model."""
 
     def job() -> None:
+        config.validate_sample(cfg)
         from consistency.runs.sample import sample
 
         sample(cfg)
@@ -48,7 +49,7 @@ def _one_line_errors(job: Any) -> Any:
     """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         return job()
-    except (ValueError, FloatingPointError, InstantiationException, OmegaConfBaseException) as error:
+    except (ValueError, FloatingPointError, InstantiationException, OmegaConfBaseException, OSError) as error:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # Hydra then goes on with the other jobs
         if in_sweep or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 _PACKAGE = Path(__file__).parent
@@ -82,66 +84,89 @@ def validate(cfg: DictConfig) -> None:
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except InterpolationKeyError as error:
-        reason = str(error).splitlines()[0]
+        what = str(error).splitlines()[0]
         raise ValueError(
-            f"{error.full_key} needs a part that is not there: {reason}; choose parts of one method"
+            f"{error.full_key} needs a part that is not there: {what}; choose parts of one method"
         ) from None
-    for option, kind in (
-        ("trainer.max_steps", int),
-        ("data.batch_size", int),
-        ("optimizer.lr", float),
-        ("noise.sigma_min", float),
-        ("noise.sigma_max", float),
-        ("noise.sigma_data", float),
-    ):
-        value = OmegaConf.select(cfg, option)
-        is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        allowed = "an integer, at least 1" if kind is int else "a positive number"
-        _require(is_number and value > 0, option, value, allowed)
-    _require(
-        0 < cfg.noise.sigma_min < cfg.noise.sigma_max,
-        "noise.sigma_min",
-        cfg.noise.sigma_min,
-        f"between 0 and noise.sigma_max={cfg.noise.sigma_max}",
-    )
-    is_distillation = cfg.method._target_.endswith("ConsistencyDistillation")
-    _require(cfg.network is not None or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
+    _validate_values(cfg)
     if cfg.network is not None:
-        halvings, size = len(cfg.network.channel_mult) - 1, cfg.data.image_size
-        allowed = f"short enough that data.image_size={size} can be halved {halvings} times"
-        _require(size % 2**halvings == 0, "network.channel_mult", list(cfg.network.channel_mult), allowed)
-        classes = cfg.network.num_classes
-        allowed = f"0 (unconditional) or data.num_classes={cfg.data.num_classes}"
-        _require(classes in (0, cfg.data.num_classes), "network.num_classes", classes, allowed)
-    method = cfg.method._target_.rpartition(".")[2]
-    draw = cfg.draw._target_.rpartition(".")[2]
-    single = draw == "LogNormal"
-    _require(
-        single == (method == "EDM"),
-        "draw",
-        draw,
-        "lognormal (one level an image)" if method == "EDM" else "uniform_index, lognormal_index or ratio (pairs)",
-    )
-    if method == "EDM":
-        _require(
-            not cfg.weighting._target_.endswith("inverse_gap"),
-            "weighting",
-            "inverse_gap",
-            "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm",
-        )
-    if cfg.get("metric") is not None and cfg.metric._target_.endswith("LPIPS") and cfg.metric.resize is None:
-        _require(cfg.data.image_size >= 16, "metric.resize", None, "224, or images of at least 16 pixels")
+        _validate_network(cfg)
+    _validate_method(cfg)
+
+
+def _validate_values(cfg: DictConfig) -> None:
+    name = cfg.run_name
+    is_name = isinstance(name, str) and re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", name) is not None
+    _require(is_name, "run_name", repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
+    _require(isinstance(cfg.overwrite, bool), "overwrite", cfg.overwrite, "true or false")
+    _require_integer(cfg, "seed", 0, 2**32 - 1)
+    for option in ("trainer.max_steps", "trainer.accumulate_grad_batches", "data.batch_size"):
+        _require_integer(cfg, option, 1)
+    parts = cfg.trainer.accumulate_grad_batches
+    allowed = f"a multiple of trainer.accumulate_grad_batches={parts}"
+    _require(cfg.data.batch_size % parts == 0, "data.batch_size", cfg.data.batch_size, allowed)
+    noise = ("sigma_min", "sigma_max", "rho", "sigma_data", "noise_scale")
+    for option in ("optimizer.lr", *(f"noise.{name}" for name in noise)):
+        value = OmegaConf.select(cfg, option)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(is_number and 0 < value < math.inf, option, value, "a positive number")
+    low, high = cfg.noise.sigma_min, cfg.noise.sigma_max
+    _require(low < high, "noise.sigma_min", low, f"between 0 and noise.sigma_max={high}")
+
+
+def _validate_network(cfg: DictConfig) -> None:
+    mult, size, classes = cfg.network.channel_mult, cfg.data.image_size, cfg.network.num_classes
+    is_list = isinstance(mult, ListConfig) and len(mult) > 0 and all(isinstance(m, int) and m > 0 for m in mult)
+    _require(is_list, "network.channel_mult", mult, "a list of positive integers, one for each size")
+    allowed = f"short enough that data.image_size={size} can be halved {len(mult) - 1} times"
+    _require(size % 2 ** (len(mult) - 1) == 0, "network.channel_mult", list(mult), allowed)
+    allowed = f"0 (unconditional) or data.num_classes={cfg.data.num_classes}"
+    _require(classes in (0, cfg.data.num_classes), "network.num_classes", classes, allowed)
+
+
+def _validate_method(cfg: DictConfig) -> None:
+    """Parts that do not go together."""
+    method, draw = (part._target_.rpartition(".")[2] for part in (cfg.method, cfg.draw))
+    is_edm, is_distillation = method == "EDM", method == "ConsistencyDistillation"
+    single, pairs = "lognormal (one level an image)", "uniform_index, lognormal_index or ratio (pairs)"
+    _require((draw == "LogNormal") == is_edm, "draw", draw, single if is_edm else pairs)
+    if is_edm:
+        allowed = "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm"
+        _require(not cfg.weighting._target_.endswith("inverse_gap"), "weighting", "inverse_gap", allowed)
     if draw == "RatioPairs":
         gap = cfg.draw.q ** -(cfg.trainer.max_steps // cfg.draw.steps_per_stage + 1.0)
-        allowed = "so many that the pairs of the last stage stay apart (q^-(stages) above 1e-6 in float32)"
+        allowed = "so many that the pairs of the last stage stay apart (q^-stages above 1e-6)"
         _require(gap > 1e-6, "draw.steps_per_stage", cfg.draw.steps_per_stage, allowed)
-    if is_distillation:
-        _require(cfg.teacher is not None, "teacher", None, "a run, model folder or .ckpt file of method=edm")
+    if cfg.get("metric") is not None and cfg.metric._target_.endswith("LPIPS") and cfg.metric.resize is None:
+        _require(cfg.data.image_size >= 16, "metric.resize", None, "224, or images of at least 16 pixels")
+    _require(cfg.network is not None or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
+    _require(cfg.teacher is not None or not is_distillation, "teacher", None, "a run or model of method=edm")
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
         if source is not None:
-            hint = f"train one first, e.g. consistency-train experiment={Path(source).name}"
-            _require(Path(source).exists(), option, source, f"an existing run, model folder or .ckpt file; {hint}")
+            hint = f"train one first, e.g. consistency-train experiment={Path(str(source)).name}"
+            allowed = f"an existing run, model folder or .ckpt file; {hint}"
+            _require(Path(str(source)).exists(), option, source, allowed)
+
+
+def validate_sample(cfg: DictConfig) -> None:
+    """Check the options of consistency-sample that need no model.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    _require_integer(cfg, "num_samples", 1)
+    _require_integer(cfg, "batch_size", 1)
+    _require_integer(cfg, "seed", 0, 2**63 - 1)
+    for option in ("ckpt", "out", "device"):
+        _require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+
+
+def _require_integer(cfg: DictConfig, option: str, low: int, high: int | None = None) -> None:
+    value = OmegaConf.select(cfg, option)
+    allowed = f"an integer, at least {low}" + (f" and at most {high}" if high is not None else "")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    _require(is_integer and value >= low and (high is None or value <= high), option, value, allowed)
 
 
 def _require(condition: bool, option: str, got: Any, allowed: str) -> None:

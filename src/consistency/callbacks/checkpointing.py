@@ -42,6 +42,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen for signals."""
         self._last_step, self._started = pl_module.progress.step, time.perf_counter()
+        self.interrupted_by = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._note)
@@ -61,7 +62,9 @@ class RunCheckpoint(Checkpoint):
         stop = trainer.strategy.reduce_boolean_decision(self.interrupted_by is not None, all=False)
         if stop or step % self.every_n_steps == 0 or pl_module.progress.is_over:
             self.save(trainer)
-        if stop:
+        if pl_module.progress.is_over:
+            self.interrupted_by = None  # asked to stop in the last step: nothing was cut short
+        elif stop:
             self.interrupted_by = self.interrupted_by or signal.SIGTERM
             trainer.should_stop = True
 

@@ -63,8 +63,10 @@ class CsvLogger(Logger):
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        text = self.path.read_text()
+        # A process that was killed while writing leaves a last line without its end.
+        complete = text[: text.rfind("\n") + 1]
+        return list(csv.DictReader(complete.splitlines()))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

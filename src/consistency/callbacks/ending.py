@@ -25,6 +25,10 @@ class EndOfRun(Callback):
         """Tell the method how long it trains."""
         pl_module.progress.total_steps = self.total_steps
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Make no step more where a resumed run stands at its end."""
+        trainer.should_stop = pl_module.progress.is_over
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop after the last step."""
         if pl_module.progress.is_over:

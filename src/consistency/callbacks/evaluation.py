@@ -51,8 +51,6 @@ class SampleGrid(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample when it is due."""
         progress = pl_module.progress
-        if progress.pending:
-            return
         is_due = self.every_n_images and progress.images_seen >= self._next
         if is_due:
             self._next = (progress.images_seen // self.every_n_images + 1) * self.every_n_images
@@ -70,9 +68,16 @@ class SampleGrid(Callback):
 
     @torch.no_grad()
     def _write(self, trainer: L.Trainer, pl_module: Any, weights: str) -> None:
-        denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
+        denoiser = pl_module.denoiser
         was_training = denoiser.training
         denoiser.eval()
+        try:
+            self._draw_grids(trainer, pl_module, weights)
+        finally:
+            denoiser.train(was_training)
+
+    def _draw_grids(self, trainer: L.Trainer, pl_module: Any, weights: str) -> None:
+        denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
         seeds = [derive_seed("image", self.seed, index) for index in range(self.num_samples)]
         labels = None
         if denoiser.num_classes:
@@ -84,7 +89,6 @@ class SampleGrid(Callback):
             save_grid(images, self.dirpath / f"{name}_{images_seen:09d}.png")
             for logger in trainer.loggers:
                 _log_image(logger, f"samples/{name} ({weights})", image_grid(images), pl_module.progress.step)
-        denoiser.train(was_training)
 
 
 def _log_image(logger: Any, name: str, image: Tensor, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def save_denoiser(
     text = json.dumps({"format": FORMAT, "denoiser": denoiser.config, "info": info}, indent=2)
     save_file(tensors, folder / "model.safetensors.partial")
     (folder / "config.json.partial").write_text(text + "\n")
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(folder / "config.json.partial", folder / "model.safetensors.partial")
     for name in ("model.safetensors", "config.json"):
         os.replace(folder / f"{name}.partial", folder / name)
     return folder
@@ -61,7 +64,8 @@ def load_model(source: str | Path, weights: str | None = None) -> tuple[Denoiser
         ValueError: if there is no model at `source`, or not these weights.
     """
     source = Path(source)
-    if source.is_dir() and weights is None and (source / MODEL_FOLDER / "config.json").exists():
+    exported = source / MODEL_FOLDER / "config.json"
+    if exported.exists() and (weights is None or not (source / CHECKPOINT).exists()):
         source = source / MODEL_FOLDER
     if source.is_dir() and (source / "config.json").exists():
         return _load_folder(source, weights)
@@ -85,9 +89,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    stored = json.loads((folder / "config.json").read_text())
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model folder {folder} is damaged or not complete: {reason}") from error
     if stored.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'} has format {stored.get('format')!r}, this version reads {FORMAT}")
     info = stored["info"]
@@ -96,13 +106,13 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
             f"{folder} holds the weights {info.get('weights')}, not {weights}; load the run's .ckpt instead"
         )
     denoiser = Denoiser.from_config(stored["denoiser"])
-    denoiser.network.load_state_dict(load_file(folder / "model.safetensors"))
+    denoiser.network.load_state_dict(tensors)
     return denoiser.eval(), info
 
 
 def _load_checkpoint(path: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
     checkpoint = read_checkpoint(path)
-    state = checkpoint.get("state_dict", {})
+    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
     config = state.get("denoiser._extra_state")
     if config is None:
         raise ValueError(f"{path} is a checkpoint, but not of a method of this project: it holds no denoiser")

@@ -32,7 +32,13 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
 
 
 def save_pngs(images: Tensor, folder: Path) -> None:
-    """Write uint8 images [N, C, H, W] as 00000.png, 00001.png, ..."""
+    """Write uint8 images [N, C, H, W] as 00000.png, 00001.png, ...
+
+    Raises:
+        ValueError: if the folder holds anything: old and new samples must not mix.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"out={folder} is a folder that is not empty; name a new one")
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         _write_png(image, folder / f"{index:05d}.png")

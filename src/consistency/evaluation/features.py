@@ -63,7 +63,7 @@ def train_classifier(
         epochs: Passes over the training part.
         holdout: Fraction kept for the accuracy.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         order = torch.randperm(len(images))
         held, train = order.split([round(holdout * len(images)), len(images) - round(holdout * len(images))])

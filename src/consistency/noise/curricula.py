@@ -41,7 +41,7 @@ class _Growing:
         if not 1 <= self.start <= self.end:
             raise ValueError(
                 f"a curriculum needs 1 <= start <= end, got start={self.start}, end={self.end}; "
-                "change curriculum.num_levels.start or curriculum.num_levels.end"
+                "change curriculum.start or curriculum.end"
             )
         if self.total_steps < 1:
             raise ValueError(f"a curriculum needs total_steps >= 1, got {self.total_steps}; set trainer.max_steps")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.checkpoints.io import MODEL_FOLDER
+from consistency.checkpoints.io import CHECKPOINT, MODEL_FOLDER
 from consistency.config import is_neutral
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def set_aside(run_dir: Path) -> None:
 def check_same_settings(cfg: DictConfig, run_dir: Path) -> None:
     """Refuse to continue a run under settings that would change it."""
     file = run_dir / "config.yaml"
-    if not file.exists():
-        return
+    if not file.exists() or not (run_dir / CHECKPOINT).exists():
+        return  # nothing was trained under the old settings
     old = _flat(OmegaConf.to_container(OmegaConf.load(file), resolve=True))
     new = _flat(OmegaConf.to_container(cfg, resolve=True))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not is_neutral(key))
@@ -86,5 +87,6 @@ def say_where(run_dir: Path) -> None:
     for grid in newest.values():
         log.info("sample grid     %s", grid)
     log.info("exported model  %s", run_dir / MODEL_FOLDER)
+    ckpt = shlex.quote(f"ckpt={run_dir}")
     sampler = " sampler=heun" if method == "EDM" else ""
-    log.info("sample from it  consistency-sample ckpt=%s num_samples=100 seed=0%s out=samples.png", run_dir, sampler)
+    log.info("sample from it  consistency-sample %s num_samples=100 seed=0%s out=samples.png", ckpt, sampler)

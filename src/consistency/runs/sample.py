@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ log = logging.getLogger(__name__)
 
 def sample(cfg: DictConfig) -> Path:
     """Draw images from a trained model; returns what was written."""
-    out = Path(cfg.out)
-    if out.suffix not in (".png", ".npz", ""):
-        raise ValueError(f"out={out} has the ending {out.suffix}; use .png (a grid), .npz, or none (a folder of PNGs)")
+    out, ending = Path(cfg.out), "" if cfg.out.endswith("/") else Path(cfg.out).suffix.lower()
+    if ending not in (".png", ".npz", ""):
+        raise ValueError(f"out={out} has the ending {ending}; use .png (a grid), .npz, or none (a folder of PNGs)")
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
     sampler = instantiate(cfg.sampler, _convert_="object")
     _check_sampler(sampler, info.get("method"), cfg.ckpt)
@@ -31,9 +32,9 @@ def sample(cfg: DictConfig) -> Path:
     images, labels = sample_images(
         denoiser, sampler, num_samples=cfg.num_samples, seed=cfg.seed, batch_size=cfg.batch_size, labels=cfg.labels
     )
-    if out.suffix == ".png":
+    if ending == ".png":
         save_grid(images, out)
-    elif out.suffix == ".npz":
+    elif ending == ".npz":
         save_npz(images, labels, out)
     else:
         save_pngs(images, out)
@@ -65,8 +66,6 @@ def sample_images(
         batch_size: Images at a time.
         labels: One label for all, a list that is repeated, or None for random labels by seed; conditional models only.
     """
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
     all_labels = _labels(labels, num_samples, seed, denoiser.num_classes)
     device = next(denoiser.parameters()).device
     # EDM integrates in float64; MPS has none.
@@ -87,8 +86,8 @@ def _labels(labels: Any, num_samples: int, seed: int, num_classes: int) -> torch
     if labels is None:
         picks = [derive_seed("label", seed, i) % num_classes for i in range(num_samples)]
     else:
-        given = [labels] if isinstance(labels, int) else list(labels)
-        if not given or not all(isinstance(label, int) and 0 <= label < num_classes for label in given):
+        given = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+        if not given or not all(type(label) is int and 0 <= label < num_classes for label in given):
             raise ValueError(f"labels must be integers in [0, {num_classes - 1}], got {labels}")
         picks = [given[i % len(given)] for i in range(num_samples)]
     return torch.tensor(picks)
@@ -96,7 +95,10 @@ def _labels(labels: Any, num_samples: int, seed: int, num_classes: int) -> torch
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.zeros(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -99,11 +99,12 @@ def train(cfg: DictConfig) -> float | None:
         "images_seen": method.progress.images_seen,
         "seconds": round(saver.seconds if saver else time.perf_counter() - started, 1),
     }
-    if saver is not None and saver.interrupted_by is not None:
+    if not method.progress.is_over:
         if is_first_rank:
             write_status(run_dir, state="interrupted", **facts)
-            log.info("stopped at step %d and saved; the same command continues from there.", facts["step"])
-        raise SystemExit(128 + saver.interrupted_by)
+            log.info("stopped at step %d; the same command continues from the last checkpoint.", facts["step"])
+        # What stopped it was a signal, or a limit of the trainer such as max_time.
+        raise SystemExit(128 + saver.interrupted_by if saver is not None and saver.interrupted_by else 1)
     if is_first_rank:
         _export(method, callbacks, run_dir, cfg)
         write_status(run_dir, state="finished", **facts)
@@ -126,7 +127,13 @@ def _trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run_dir:
     )
     settings = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
-        logger.log_hyperparams(settings)
+        try:
+            logger.log_hyperparams(settings)
+        except Exception as error:
+            if type(error).__module__.startswith("wandb"):
+                advice = "log in with `wandb login`, or use logger.wandb.offline=true"
+                raise ValueError(f"W&B could not start ({str(error).splitlines()[0]}); {advice}") from error
+            raise
     return trainer
 
 

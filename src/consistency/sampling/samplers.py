@@ -46,7 +46,7 @@ def sample_multistep(
         ValueError: if the levels do not decrease (increasing ones give noise, silently).
     """
     levels = sigmas.tolist()
-    if not levels or any(a <= b for a, b in pairwise(levels)) or levels[-1] <= sigma_min:
+    if not levels or not all(a > b for a, b in pairwise([*levels, sigma_min])):  # refuses NaN too
         raise ValueError(
             f"multistep levels must decrease from sigma_max and stay above sigma_min={sigma_min}, got {levels}; "
             "change sampler.mid_sigmas"
@@ -114,6 +114,8 @@ def sample_heun(
         s_tmax: Churn only below this level.
         s_noise: Inflation of the added noise; slightly above 1 makes up for lost detail.
     """
+    if not s_churn >= 0:
+        raise ValueError(f"s_churn must be 0 (deterministic) or more, got {s_churn}; change sampler.solver.s_churn")
     x = noise
     for sigma, sigma_next in _steps(sigmas):
         if s_churn > 0:
@@ -182,6 +184,11 @@ class ConsistencySampler:
 
     mid_sigmas: Sequence[float] = ()
 
+    def __post_init__(self) -> None:
+        levels = self.mid_sigmas
+        if not isinstance(levels, Sequence) or not all(isinstance(level, int | float) for level in levels):
+            raise ValueError(f"mid_sigmas must be a list of levels, e.g. sampler.mid_sigmas=[0.821], got {levels}")
+
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None = None, randn_like: RandnLike = torch.randn_like
     ) -> Tensor:
@@ -208,8 +215,10 @@ class OdeSampler:
     rho: float = RHO
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}; change sampler.num_steps")
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"sampler.num_steps must be an integer, at least 1, got {self.num_steps}")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be positive, got {self.rho}; change sampler.rho")
 
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None = None, randn_like: RandnLike = torch.randn_like
@@ -229,6 +238,6 @@ def _level(sigma: float, x: Tensor) -> Tensor:
 def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
     """[(sigma, sigma_next), ...] as numbers; refuses levels that no ODE sampler can follow."""
     levels = sigmas.tolist()
-    if len(levels) < 2 or any(a <= b for a, b in pairwise(levels)) or levels[-1] != 0:
+    if len(levels) < 2 or not all(a > b for a, b in pairwise(levels)) or levels[-1] != 0:
         raise ValueError(f"levels of an ODE sampler must decrease and end in 0, got {levels}")
     return list(pairwise(levels))
