@@ -32,7 +32,9 @@ def run(folder, name, *overrides):
 
 def draw(folder, ckpt, *overrides, out="images.png"):
     """Sample into the folder, as the command would."""
-    return sample(composed("sample", f"ckpt={folder / 'outputs' / ckpt}", f"out={folder / out}", *overrides))
+    cfg = composed("sample", f"ckpt={folder / 'outputs' / ckpt}", f"out={folder / out}", *overrides)
+    config.validate_sample(cfg)
+    return sample(cfg)
 
 
 @pytest.fixture(scope="module")
