@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-train: $(INSTALLED)  ## Train iCT on real digits: 4 to 5 minutes on 2 cores, writes outputs/digits_ict/
+train: $(INSTALLED)  ## Train iCT on real digits: about 4 minutes on 2 cores, writes outputs/digits_ict/
 	@$(BIN)/consistency-train experiment=digits_ict $(ARGS)
 
 test: $(INSTALLED)  ## Run the whole test suite (ARGS='-k samplers' for a part)

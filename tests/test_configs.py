@@ -77,6 +77,14 @@ def test_option_instantiates(group, option):
     assert instantiate(composed(f"method={method}", f"{group}={option}")[group], _convert_="object") is not None
 
 
+@pytest.mark.parametrize("curriculum", [name for name in GROUPS["curriculum"] if name != "ect"])
+def test_every_curriculum_goes_with_the_main_recipe(curriculum):
+    cfg = composed("experiment=digits_ict", f"curriculum={curriculum}")
+    config.validate(cfg)
+    draw = instantiate(cfg.draw, _convert_="object")
+    assert draw.num_levels(cfg.trainer.max_steps) == (18 if curriculum == "fixed" else 161)
+
+
 @pytest.mark.parametrize("method", ["edm", "ct", "ict", "ect"])
 def test_method_alone_builds(method):
     cfg = composed(f"method={method}")
