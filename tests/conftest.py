@@ -1,10 +1,12 @@
 """What several test files share: seeds, tiny models, a trainer that writes nothing, recorders, golden numbers."""
 
 import json
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -123,3 +125,25 @@ def golden():
         return load_file(DATA / f"{name}.safetensors"), json.loads((DATA / f"{name}.json").read_text())
 
     return read
+
+
+@pytest.fixture
+def published(golden):
+    """A network's golden numbers: (state dict of the original code, tensors, how they were made)."""
+
+    def rebuild(name):
+        tensors, how = golden(name)
+        state = {}
+        for key, shape in how["parameters"].items():
+            values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
+            values = values.standard_normal(shape, dtype=np.float32)
+            if len(shape) == 1:
+                values = values * np.float32(0.1) + key.endswith("weight")
+            else:
+                values = values / np.sqrt(np.prod(shape[1:]))
+            state[key] = torch.from_numpy(values.astype(np.float32))
+        if "fourier_freqs" in tensors:
+            state["model.map_noise.freqs"] = tensors["fourier_freqs"]
+        return state, tensors, how
+
+    return rebuild

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from consistency.models.layers import FourierEmbedding, PositionalEmbedding, Resample, SelfAttention
+from consistency.models.layers import BlockStyle, FourierEmbedding, PositionalEmbedding, Resample, SelfAttention
 from consistency.models.unet import UNet
 
 
@@ -28,7 +28,7 @@ def test_fourier_embedding_values():
     embed = FourierEmbedding(4, scale=16.0)
     embed.freqs.copy_(torch.tensor([1.0, 0.5]))
     angles = [2 * math.pi * 0.1, math.pi * 0.1]
-    expected = [*map(math.cos, angles), *map(math.sin, angles)]
+    expected = [*map(math.sin, angles), *map(math.cos, angles)]  # EDM swaps the halves of its embedding
     assert_close(embed(torch.tensor([0.1])), torch.tensor([expected]))
 
 
@@ -40,11 +40,58 @@ def test_fourier_frequencies_are_a_saved_buffer_of_the_given_scale(scale):
     assert list(embed.parameters()) == []
 
 
-# Instantiated from NVlabs/edm: DDPM++ at 32x32, without its augmentation labels.
-@pytest.mark.parametrize(("num_classes", "expected"), [(0, 55_732_739), (10, 55_734_147)])
-def test_parameters_of_ddpmpp(num_classes, expected):
+DDPMPP = {"image_size": 32, "in_channels": 3}
+NCSNPP = {
+    **DDPMPP,
+    "input_pyramid": True,
+    "fourier_scale": 16.0,
+    "noise_channel_mult": 2,
+    "resample_filter": (1, 3, 3, 1),
+}
+ADM = {
+    "image_size": 64,
+    "in_channels": 3,
+    "num_classes": 1000,
+    "channels": 192,
+    "channel_mult": (1, 2, 3, 4),
+    "num_blocks": 3,
+    "attention_resolutions": (32, 16, 8),
+    "head_channels": 64,
+    "scale_shift": True,
+    "skip_scale": 1.0,
+    "norm_eps": 1e-5,
+    "adm": True,
+}
+LSUN = {"image_size": 256, "num_classes": 0, "channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "num_blocks": 2}
+FACES = {"image_size": 64, "channel_mult": (1, 2, 2, 2), "augment_channels": 9}
+
+
+# Counted in the original code: NVlabs/edm, openai/consistency_models.
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (DDPMPP, 55_732_739),
+        ({**DDPMPP, "augment_channels": 9}, 55_733_891),
+        ({**DDPMPP, "num_classes": 10}, 55_734_147),
+        ({**DDPMPP, "num_classes": 10, "augment_channels": 9}, 55_735_299),
+        ({**DDPMPP, "num_blocks": 8}, 96_947_715),
+        ({**DDPMPP, **FACES}, 61_805_571),
+        (NCSNPP, 56_395_523),
+        ({**NCSNPP, "augment_channels": 9}, 56_397_827),
+        ({**NCSNPP, "num_classes": 10}, 56_398_339),
+        ({**NCSNPP, "num_classes": 10, "augment_channels": 9}, 56_400_643),
+        ({**NCSNPP, "num_blocks": 8}, 97_610_499),
+        ({**NCSNPP, **FACES}, 62_761_091),
+        (ADM, 295_899_267),
+        ({**ADM, "scale_shift": False}, 282_168_003),
+        ({**ADM, "num_blocks": 6}, 495_357_699),
+        ({**ADM, "num_blocks": 6, "scale_shift": False}, 472_767_555),
+        ({**ADM, **LSUN, "scale_shift": False}, 526_304_771),
+    ],
+)
+def test_parameters_of_the_published_networks(options, expected):
     with torch.device("meta"):
-        assert count(UNet(image_size=32, in_channels=3, num_classes=num_classes)) == expected
+        assert count(UNet(**options)) == expected
 
 
 def test_parameters_of_the_tiny_network(make_unet):
@@ -56,8 +103,8 @@ def test_parameters_of_the_tiny_network(make_unet):
     "options",
     [
         {},
-        {"fourier_scale": 0.02, "noise_channel_mult": 2, "resample_filter": [1, 3, 3, 1]},
-        {"scale_shift": True, "skip_scale": 1.0, "head_channels": 8, "norm_eps": 1e-5},
+        {"fourier_scale": 0.02, "noise_channel_mult": 2, "resample_filter": [1, 3, 3, 1], "input_pyramid": True},
+        {"scale_shift": True, "skip_scale": 1.0, "head_channels": 8, "norm_eps": 1e-5, "adm": True},
     ],
     ids=["ddpmpp", "ncsnpp", "adm"],
 )
@@ -136,7 +183,7 @@ def test_attention_follows_the_named_sizes(make_unet):
 
 
 def test_attention_is_its_formula():
-    attention = SelfAttention(8, head_channels=4, eps=1e-6, skip_scale=0.5)
+    attention = SelfAttention(8, BlockStyle(4, skip_scale=0.5, norm_eps=1e-6), num_heads=2)
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_()
@@ -182,3 +229,35 @@ def test_config_rebuilds_the_network(make_unet):
 def test_refuses(make_unet, options, message):
     with pytest.raises(ValueError, match=message):
         make_unet(**options)
+
+
+@pytest.mark.parametrize("adm", [False, True])
+def test_augmentation_labels(make_unet, adm):
+    network = make_unet(augment_channels=9, adm=adm)
+    x, c_noise, augment = torch.randn(2, 1, 4, 4), torch.zeros(2), torch.randn(2, 9)
+    none = network(x, c_noise)
+    assert torch.equal(network(x, c_noise, None, torch.zeros(2, 9)), none)
+    assert not torch.allclose(network(x, c_noise, None, augment), none, atol=1e-3)
+    # Without them the layer still takes part: DDP waits for the gradient of every parameter.
+    none.sum().backward()
+    assert network.embed_augment.weight.grad is not None
+    with pytest.raises(ValueError, match="augment_channels=9"):
+        make_unet()(x, c_noise, None, augment)
+
+
+def test_adm_starts_at_exactly_zero(make_unet):
+    network = make_unet(random_weights=False, adm=True, image_size=8, channel_mult=[1, 1], attention_resolutions=[4])
+    assert float(network(torch.randn(2, 1, 8, 8), torch.zeros(2)).detach().abs().max()) == 0
+    assert all(float(block.conv1.weight.detach().abs().max()) == 0 for block in network.encoder)
+    assert float(network.encoder[0].conv0.weight.detach().std()) > 0.01
+
+
+def test_fresh_labels_of_adm_are_unit_normal(make_unet):
+    weight = make_unet(random_weights=False, adm=True, num_classes=50, channels=32).embed_label.weight
+    assert float(weight.detach().std()) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("adm", [False, True])
+def test_strided_convolutions_between_the_sizes(make_unet, adm):
+    network = make_unet(conv_resample=True, adm=adm, image_size=8, channel_mult=[1, 1])
+    assert network(torch.randn(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)

@@ -10,7 +10,14 @@ from consistency.ops import append_dims
 
 
 def denoising_loss(
-    denoiser: Denoiser, images: Tensor, noise: Tensor, sigma: Tensor, *, weight: Tensor, labels: Tensor | None = None
+    denoiser: Denoiser,
+    images: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    *,
+    weight: Tensor,
+    labels: Tensor | None = None,
+    augment_labels: Tensor | None = None,
 ) -> Tensor:
     """weight * mean over pixels of (D(x + sigma z; sigma) - x)^2; [B] (EDM, Eq. 2 and Table 1).
 
@@ -23,6 +30,8 @@ def denoising_loss(
         sigma: [B].
         weight: lambda(sigma), [B].
         labels: [B] int64 or None.
+        augment_labels: [B, 9] of augmented images, or None.
     """
     noisy = images + append_dims(sigma, images.ndim) * noise
-    return weight * l2(denoiser(noisy, sigma, labels), images)
+    augment = () if augment_labels is None else (augment_labels,)
+    return weight * l2(denoiser(noisy, sigma, labels, *augment), images)

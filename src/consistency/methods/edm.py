@@ -48,9 +48,12 @@ class EDM(L.LightningModule):
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.progress = Progress()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, with `per_sample` [B] and `sigma` [B] for callbacks."""
-        images, labels = batch
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Any]:
+        """Loss of one micro-batch, with `per_sample` [B] and `sigma` [B] for callbacks.
+
+        `batch` is images and labels, and augmentation labels where the data are augmented.
+        """
+        images, labels, *augment = batch
         step = self.progress.step
         self.progress.count(len(images) * self.trainer.world_size)
         sigma = self.draw(step, len(images), images.device)
@@ -61,6 +64,7 @@ class EDM(L.LightningModule):
             sigma,
             weight=self.weighting(sigma, sigma),
             labels=labels,
+            augment_labels=augment[0] if augment else None,
         )
         return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma, "schedule": {}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -112,22 +113,32 @@ class Denoiser(nn.Module):
         """Number of labels; 0 if unconditional."""
         return self.network.num_classes
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
         """The clean image that the model sees behind `x`; float32 [B, C, H, W].
 
         Args:
             x: [B, C, H, W], image plus noise of standard deviation sigma.
             sigma: [B], positive.
             labels: [B] int64; an unconditional model ignores them.
+            augment_labels: [B, augment_channels], what was done to the image; None in sampling.
         """
         if sigma.shape != x.shape[:1]:
             raise ValueError(f"sigma must have shape [{len(x)}] (one level an image), got {list(sigma.shape)}")
         x, sigma = x.float(), sigma.float()
         c = consistency_scalings(sigma, sigma_data=self.sigma_data, boundary=self.boundary)
         c_noise = self.noise_scale * sigma.log()
-        raw = self.network(append_dims(c.input, x.ndim) * x, c_noise, labels if self.num_classes else None)
+        inputs = (append_dims(c.input, x.ndim) * x, c_noise, labels if self.num_classes else None)
+        raw = self.network(*inputs) if augment_labels is None else self.network(*inputs, augment_labels)
         return append_dims(c.skip, x.ndim) * x + append_dims(c.out, x.ndim) * raw.float()
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in config.items() if key != "network"}, **config["network"]}
+    """One level; arguments of the network that an older version did not write have their defaults."""
+    defaults = {
+        name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        for name, parameter in inspect.signature(UNet).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return {**{key: value for key, value in config.items() if key != "network"}, **defaults, **config["network"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,28 +11,32 @@ from torch import Tensor, nn
 
 
 class PositionalEmbedding(nn.Module):
-    """Sinusoidal embedding of c_noise: [B] -> [B, channels] = [sin | cos] (EDM, DDPM++).
+    """Sinusoidal embedding of c_noise: [B] -> [B, channels].
 
-    Frequencies run from 1 down to 1/10000, both ends included. With c_noise = 0.25 ln sigma it is as insensitive to
-    small changes of sigma as the Fourier embedding of iCT at scale 0.02 (iCT, Sec. 3.1).
+    DDPM++: [sin | cos], frequencies from 1 down to 1/10000, both ends included. ADM: [cos | sin], frequencies
+    10000^(-k / half), the last one above 1/10000. With c_noise = 0.25 ln sigma both are as insensitive to small changes
+    of sigma as the Fourier embedding of iCT at scale 0.02 (iCT, Sec. 3.1).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, adm: bool = False) -> None:
         super().__init__()
         if channels < 4 or channels % 2:
             raise ValueError(f"the noise embedding needs an even number >= 4 of channels, got {channels}")
-        self.channels = channels
+        self.channels, self.adm = channels, adm
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """[B] -> [B, channels]."""
         half = self.channels // 2
-        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / (half - 1)
+        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / (half if self.adm else half - 1)
         angles = torch.outer(c_noise.float(), (1 / 10000) ** ramp)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        sin, cos = angles.sin(), angles.cos()
+        return torch.cat([cos, sin] if self.adm else [sin, cos], dim=1)
 
 
 class FourierEmbedding(nn.Module):
-    """Random Fourier features of c_noise: [B] -> [B, channels] = [cos | sin] (NCSN++).
+    """Random Fourier features of c_noise: [B] -> [B, channels] = [sin | cos] (NCSN++).
+
+    The order is that of EDM's networks, which swap the halves of their embedding; weights are imported as they are.
 
     Args:
         channels: Length of the embedding.
@@ -48,7 +53,7 @@ class FourierEmbedding(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         """[B] -> [B, channels]."""
         angles = torch.outer(c_noise.float(), 2 * math.pi * self.freqs)
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class Resample(nn.Module):
@@ -78,9 +83,84 @@ class Resample(nn.Module):
         return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm with min(32, channels // 4) groups (EDM); OpenAI's fixed 32 is the same from 128 channels on."""
-    return nn.GroupNorm(max(min(32, channels // 4), 1), channels, eps=eps)
+class PyramidConv(nn.Module):
+    """Halve the size and convolve, for the input pyramid of NCSN++: [B, in, H, W] -> [B, out, H/2, W/2].
+
+    The 3x3 convolution comes first, at full size and with room for the filter's border, the filter second (EDM's fused
+    resampling); the two orders differ at the borders.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, filter_taps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1 + (len(filter_taps) - 1) // 2)
+        self.resample = Resample(filter_taps, up=False)
+        init_weights(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H/2, W/2]."""
+        out = F.conv2d(x, self.conv.weight, padding=self.conv.padding)
+        kernel = self.resample.kernel.to(out.dtype).expand(out.shape[1], 1, -1, -1)
+        out = F.conv2d(out, kernel, stride=2, groups=out.shape[1])
+        return out if self.conv.bias is None else out + self.conv.bias.to(out.dtype)[:, None, None]
+
+
+class ConvResample(nn.Module):
+    """Halve by a strided 3x3 convolution, or double by repeating pixels and convolving (OpenAI, resblock_updown off).
+
+    Takes the embedding that a residual block takes, and ignores it.
+    """
+
+    def __init__(self, channels: int, *, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W] or [B, C, H/2, W/2]."""
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all residual blocks of a network share.
+
+    Args:
+        emb_channels: Length of the embedding that every block takes.
+        scale_shift: The embedding scales and shifts after the second norm (AdaGN, ADM) instead of being added before.
+        skip_scale: Factor after each residual sum; sqrt(1/2) keeps the variance (DDPM++, NCSN++), 1 in ADM.
+        norm_eps: Of the group norms.
+        norm_groups: Groups of the norms; None for min(32, channels // 4) (EDM). OpenAI's fixed 32 is the same from 128
+            channels on.
+        adm: ADM's initialisation, and no convolution on the skip branch of a block that only resamples.
+    """
+
+    emb_channels: int
+    scale_shift: bool = False
+    skip_scale: float = 1.0
+    norm_eps: float = 1e-5
+    norm_groups: int | None = None
+    adm: bool = False
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        """Group norm of so many channels."""
+        groups = self.norm_groups or max(min(32, channels // 4), 1)
+        if channels % groups:
+            raise ValueError(
+                f"{channels} channels do not divide into {groups} groups; change network.channels or norm_groups"
+            )
+        return nn.GroupNorm(groups, channels, eps=self.norm_eps)
+
+    def init(self, module: nn.Module, scale: float = 1.0) -> None:
+        """Fresh weights of a convolution or linear layer.
+
+        DDPM++ and NCSN++: xavier-uniform times `scale`, zero bias. ADM: PyTorch's own, which are uniform within
+        1 / sqrt(fan_in) as EDM's and OpenAI's, and exact zeros for the last layer of a branch.
+        """
+        if not self.adm:
+            init_weights(module, scale)
+        elif scale == ALMOST_ZERO:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 class SelfAttention(nn.Module):
@@ -89,19 +169,15 @@ class SelfAttention(nn.Module):
     The rows of `qkv` are ordered (three, head, dim), as in OpenAI's networks; importers of other orders permute.
     """
 
-    def __init__(self, channels: int, *, head_channels: int | None, eps: float, skip_scale: float) -> None:
+    def __init__(self, channels: int, style: BlockStyle, *, num_heads: int = 1) -> None:
         super().__init__()
-        self.num_heads = channels // head_channels if head_channels else 1
-        if head_channels and channels % head_channels:
-            raise ValueError(
-                f"{channels} channels do not divide into heads of {head_channels}; change network.head_channels"
-            )
-        self.norm = group_norm(channels, eps)
+        self.num_heads = num_heads
+        self.norm = style.norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
-        self.skip_scale = skip_scale
-        init_weights(self.qkv, scale=math.sqrt(0.2))
-        init_weights(self.proj, scale=ALMOST_ZERO)
+        self.skip_scale = style.skip_scale
+        style.init(self.qkv, scale=math.sqrt(0.2))
+        style.init(self.proj, scale=ALMOST_ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
@@ -119,52 +195,38 @@ class ResidualBlock(nn.Module):
     Args:
         in_channels: Channels in.
         out_channels: Channels out.
-        emb_channels: Length of the noise embedding.
+        style: What it shares with the other blocks.
         resample: Halves or doubles the size on both branches, or None.
         dropout: Probability, before the second convolution.
-        attention: Whether self-attention follows.
-        head_channels: Channels a head of the attention; None for one head.
-        scale_shift: The embedding scales and shifts after the second norm (AdaGN, ADM) instead of being added before.
-        skip_scale: Factor after each residual sum; sqrt(1/2) keeps the variance (DDPM++, NCSN++), 1 in ADM.
-        eps: Of the group norms.
+        num_heads: Heads of the self-attention that follows; 0 for none.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        emb_channels: int,
+        style: BlockStyle,
         *,
         resample: Resample | None = None,
         dropout: float = 0.0,
-        attention: bool = False,
-        head_channels: int | None = None,
-        scale_shift: bool = False,
-        skip_scale: float = 1.0,
-        eps: float = 1e-5,
+        num_heads: int = 0,
     ) -> None:
         super().__init__()
-        self.out_channels = out_channels
         self.dropout = dropout
-        self.scale_shift = scale_shift
-        self.skip_scale = skip_scale
-        self.norm0 = group_norm(in_channels, eps)
+        self.scale_shift, self.skip_scale = style.scale_shift, style.skip_scale
+        self.norm0 = style.norm(in_channels)
         self.resample = resample
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.affine = nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))
-        self.norm1 = group_norm(out_channels, eps)
+        self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.scale_shift else 1))
+        self.norm1 = style.norm(out_channels)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # DDPM++ and NCSN++ learn the skip branch of a resampling block too.
-        needs_proj = in_channels != out_channels or resample is not None
+        needs_proj = in_channels != out_channels or (resample is not None and not style.adm)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if needs_proj else nn.Identity()
-        self.attention = (
-            SelfAttention(out_channels, head_channels=head_channels, eps=eps, skip_scale=skip_scale)
-            if attention
-            else None
-        )
+        self.attention = SelfAttention(out_channels, style, num_heads=num_heads) if num_heads else None
         for module in (self.conv0, self.affine, self.skip):
-            init_weights(module)
-        init_weights(self.conv1, scale=ALMOST_ZERO)
+            style.init(module)
+        style.init(self.conv1, scale=ALMOST_ZERO)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """([B, in, H, W], [B, emb]) -> [B, out, H', W']."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,20 +12,21 @@ from torch import Tensor, nn
 
 from consistency.models.layers import (
     ALMOST_ZERO,
+    BlockStyle,
+    ConvResample,
     FourierEmbedding,
     PositionalEmbedding,
+    PyramidConv,
     Resample,
     ResidualBlock,
-    group_norm,
-    init_weights,
 )
 
 
 class UNet(nn.Module):
     """F(x, c_noise, labels), the raw network: [B, C, H, W] -> [B, C, H, W].
 
-    With the defaults this is DDPM++ (Song et al. 2021, as in EDM App. F): positional embedding, attention in the
-    encoder at the named sizes and in the last decoder block there, skip connections scaled by sqrt(1/2).
+    With the defaults this is DDPM++ (Song et al. 2021, as in EDM App. F). NCSN++ adds a Fourier embedding, a smoother
+    resampling filter and the input pyramid; ADM (Dhariwal & Nichol 2021) is `adm` with its own width, heads and norms.
 
     Args:
         image_size: Height and width of the images.
@@ -34,18 +36,27 @@ class UNet(nn.Module):
         channel_mult: Width factor at each size, from full size down; its length is the number of sizes.
         num_blocks: Residual blocks at each size.
         attention_resolutions: Image sizes (not factors) at which attention follows a block.
-        head_channels: Channels per attention head; None for a single head.
+        head_channels: Channels per attention head; None for `num_heads` heads.
+        num_heads: Heads of every attention where `head_channels` is None.
         dropout: Probability in each residual block.
         dropout_max_resolution: Dropout only at feature maps up to this size; None for all (iCT, App. B: 16).
         fourier_scale: Scale of a Fourier noise embedding (NCSN++ 16, iCT 0.02); None for the positional one.
         noise_channel_mult: Length of the noise embedding in units of `channels` (DDPM++ 1, NCSN++ 2).
+        emb_channel_mult: Length of the embedding that the blocks take, in units of `channels`.
         scale_shift: AdaGN instead of adding the embedding (ADM).
-        skip_scale: Factor after each residual sum.
-        resample_filter: Filter taps of down- and upsampling.
-        norm_eps: Of the group norms.
+        skip_scale: Factor after each residual sum (DDPM++, NCSN++ sqrt(1/2), ADM 1).
+        resample_filter: Filter taps of down- and upsampling (NCSN++ 1, 3, 3, 1).
+        norm_eps: Of the group norms (DDPM++, NCSN++ 1e-6, ADM 1e-5).
+        norm_groups: Groups of the norms; None for min(32, channels // 4) (EDM), 32 in OpenAI's code.
+        input_pyramid: Shrunken, convolved copies of the input are added at each smaller size (NCSN++).
+        augment_channels: Numbers that describe the augmentation of an image (EDM 9); 0 for none.
+        conv_resample: Strided convolutions between the sizes instead of residual blocks (OpenAI's early networks).
+        adm: The layout of ADM: its positional embedding, labels after the embedding's layers instead of before,
+            attention after every decoder block instead of the last of a size, resampling without a learned skip branch,
+            and its initialisation.
 
     Raises:
-        ValueError: if the image size cannot be halved often enough.
+        ValueError: if the image size cannot be halved often enough, or widths do not divide into heads or groups.
     """
 
     def __init__(
@@ -55,18 +66,25 @@ class UNet(nn.Module):
         in_channels: int,
         num_classes: int = 0,
         channels: int = 128,
-        channel_mult: tuple[int, ...] | list[int] = (2, 2, 2),
+        channel_mult: Sequence[int] = (2, 2, 2),
         num_blocks: int = 4,
-        attention_resolutions: tuple[int, ...] | list[int] = (16,),
+        attention_resolutions: Sequence[int] = (16,),
         head_channels: int | None = None,
+        num_heads: int = 1,
         dropout: float = 0.0,
         dropout_max_resolution: int | None = None,
         fourier_scale: float | None = None,
         noise_channel_mult: int = 1,
+        emb_channel_mult: int = 4,
         scale_shift: bool = False,
         skip_scale: float = 0.5**0.5,
-        resample_filter: tuple[int, ...] | list[int] = (1, 1),
+        resample_filter: Sequence[int] = (1, 1),
         norm_eps: float = 1e-6,
+        norm_groups: int | None = None,
+        input_pyramid: bool = False,
+        augment_channels: int = 0,
+        conv_resample: bool = False,
+        adm: bool = False,
     ) -> None:
         super().__init__()
         arguments = locals()
@@ -83,45 +101,54 @@ class UNet(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}; change network.dropout")
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
-        emb_channels, noise_channels = 4 * channels, noise_channel_mult * channels
+        self.augment_channels, self.adm = augment_channels, adm
+        emb_channels, noise_channels = emb_channel_mult * channels, noise_channel_mult * channels
+        style = BlockStyle(
+            emb_channels,
+            scale_shift=scale_shift,
+            skip_scale=skip_scale,
+            norm_eps=norm_eps,
+            norm_groups=norm_groups,
+            adm=adm,
+        )
 
-        def block(
-            in_ch: int, out_ch: int, size: int, *, attention: bool, resample: Resample | None = None
-        ) -> ResidualBlock:
-            return ResidualBlock(
-                in_ch,
-                out_ch,
-                emb_channels,
-                resample=resample,
-                dropout=dropout if dropout_max_resolution is None or size <= dropout_max_resolution else 0.0,
-                attention=attention,
-                head_channels=head_channels,
-                scale_shift=scale_shift,
-                skip_scale=skip_scale,
-                eps=norm_eps,
-            )
+        def block(in_ch: int, out_ch: int, size: int, *, attention: bool, **options: Any) -> ResidualBlock:
+            active = dropout_max_resolution is None or size <= dropout_max_resolution
+            heads = _num_heads(out_ch, head_channels, num_heads) if attention else 0
+            return ResidualBlock(in_ch, out_ch, style, dropout=dropout if active else 0.0, num_heads=heads, **options)
+
+        def resample(width: int, size: int, *, up: bool) -> nn.Module:
+            if conv_resample:
+                return ConvResample(width, up=up)
+            return block(width, width, size, attention=False, resample=Resample(tuple(resample_filter), up=up))
 
         self.embed_noise = (
-            PositionalEmbedding(noise_channels)
+            PositionalEmbedding(noise_channels, adm=adm)
             if fourier_scale is None
             else FourierEmbedding(noise_channels, fourier_scale)
         )
-        self.embed_label = nn.Linear(num_classes, noise_channels) if num_classes else None
+        label_channels = emb_channels if adm else noise_channels
+        self.embed_label = nn.Linear(num_classes, label_channels, bias=not adm) if num_classes else None
         self.linear0 = nn.Linear(noise_channels, emb_channels)
         self.linear1 = nn.Linear(emb_channels, emb_channels)
 
         sizes = [image_size >> level for level in range(len(channel_mult))]
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.encoder = nn.ModuleList()
-        width, skips = channels, [channels]
+        self.pyramid = nn.ModuleList()
+        self.shrinks: list[bool] = []
+        width, skips, pyramid_width = channels, [channels], in_channels
         for level, (size, mult) in enumerate(zip(sizes, channel_mult, strict=True)):
             if level:
-                self.encoder.append(
-                    block(width, width, size, attention=False, resample=Resample(tuple(resample_filter), up=False))
-                )
+                self.encoder.append(resample(width, size, up=False))
+                self.shrinks.append(True)
                 skips.append(width)
+                if input_pyramid:
+                    self.pyramid.append(PyramidConv(pyramid_width, width, tuple(resample_filter)))
+                    pyramid_width = width
             for _ in range(num_blocks):
                 self.encoder.append(block(width, channels * mult, size, attention=size in attention_resolutions))
+                self.shrinks.append(False)
                 width = channels * mult
                 skips.append(width)
 
@@ -130,57 +157,84 @@ class UNet(nn.Module):
             [block(width, width, smallest, attention=True), block(width, width, smallest, attention=False)]
         )
         self.decoder = nn.ModuleList()
-        self._takes_skip: list[bool] = []
+        self.takes_skip: list[bool] = []
         for level in reversed(range(len(channel_mult))):
             size, mult = sizes[level], channel_mult[level]
             if level < len(channel_mult) - 1:
-                self.decoder.append(
-                    block(width, width, size, attention=False, resample=Resample(tuple(resample_filter), up=True))
-                )
-                self._takes_skip.append(False)
+                self.decoder.append(resample(width, size, up=True))
+                self.takes_skip.append(False)
             for index in range(num_blocks + 1):
-                attention = size in attention_resolutions and index == num_blocks
+                attention = size in attention_resolutions and (adm or index == num_blocks)
                 self.decoder.append(block(width + skips.pop(), channels * mult, size, attention=attention))
-                self._takes_skip.append(True)
+                self.takes_skip.append(True)
                 width = channels * mult
-        self.out_norm = group_norm(width, norm_eps)
+        self.out_norm = style.norm(width)
         self.out_conv = nn.Conv2d(width, in_channels, 3, padding=1)
 
-        for module in (self.embed_label, self.linear0, self.linear1, self.stem):
+        for module in (None if adm else self.embed_label, self.linear0, self.linear1, self.stem):
             if module is not None:
-                init_weights(module)
-        init_weights(self.out_conv, scale=ALMOST_ZERO)
+                style.init(module)
+        style.init(self.out_conv, scale=ALMOST_ZERO)
+        if adm and self.embed_label is not None:
+            nn.init.normal_(self.embed_label.weight)  # as an embedding of its own for each label
+        self.embed_augment = nn.Linear(augment_channels, noise_channels, bias=False) if augment_channels else None
+        if self.embed_augment is not None:
+            style.init(self.embed_augment, scale=ALMOST_ZERO if adm else 1.0)
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(x, c_noise, labels).
+    def forward(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Raw output F.
 
         Args:
-            x: [B, C, H, W], already scaled by c_in.
-            c_noise: [B], the noise conditioning.
-            labels: [B] int64 in [0, num_classes), or None for an unconditional network.
+            x: [B, C, H, W], scaled to unit variance by the caller.
+            c_noise: [B], the noise level as the network sees it.
+            labels: [B] int64; None for unconditional networks.
+            augment_labels: [B, augment_channels]; None means no augmentation, as in sampling.
         """
-        # In float32 always: bf16 cannot tell neighbouring levels of a fine grid apart.
-        with torch.autocast(x.device.type, enabled=False):
-            emb = self._embed(c_noise.float(), labels)
-
-        hidden = self.stem(x)
-        skips = [hidden]
-        for block in self.encoder:
+        emb = self._embed(c_noise, labels, augment_labels)
+        hidden, image = self.stem(x), x
+        skips, pyramid = [hidden], iter(self.pyramid)
+        for block, shrinks in zip(self.encoder, self.shrinks, strict=True):
             hidden = block(hidden, emb)
+            if shrinks and self.pyramid:
+                hidden = image = (hidden + next(pyramid)(image)) * 0.5**0.5
             skips.append(hidden)
         for block in self.middle:
             hidden = block(hidden, emb)
-        for block, takes_skip in zip(self.decoder, self._takes_skip, strict=True):
+        for block, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
             hidden = block(torch.cat([hidden, skips.pop()], dim=1) if takes_skip else hidden, emb)
         return self.out_conv(F.silu(self.out_norm(hidden)))
 
-    def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """[B], [B] -> [B, 4 * channels]."""
+    def _embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """[B], [B], [B, augment_channels] -> [B, emb_channels]."""
         emb = self.embed_noise(c_noise)
+        if self.embed_augment is not None:
+            # Zeros say that nothing was augmented; the layer takes part all the same, as DDP wants of every parameter.
+            none = emb.new_zeros(len(emb), self.augment_channels)
+            emb = emb + self.embed_augment(none if augment_labels is None else augment_labels.to(emb.dtype))
+        elif augment_labels is not None:
+            raise ValueError(
+                "the network takes no augmentation labels; set network.augment_channels=9, or augment=none"
+            )
+        label_emb: Tensor | float = 0.0
         if self.embed_label is not None:
             if labels is None:
                 raise ValueError(f"this network is conditional on {self.num_classes} classes, but labels is None")
-            # EDM scales the one-hot vector to unit variance.
             one_hot = F.one_hot(labels, self.num_classes).to(emb.dtype)
-            emb = emb + self.embed_label(one_hot * self.num_classes**0.5)
-        return F.silu(self.linear1(F.silu(self.linear0(emb))))
+            # EDM scales the one-hot vector to unit variance for DDPM++ and NCSN++.
+            label_emb = self.embed_label(one_hot if self.adm else one_hot * self.num_classes**0.5)
+        if self.adm:
+            return F.silu(self.linear1(F.silu(self.linear0(emb))) + label_emb)
+        return F.silu(self.linear1(F.silu(self.linear0(emb + label_emb))))
+
+
+def _num_heads(channels: int, head_channels: int | None, num_heads: int) -> int:
+    """Heads of an attention over so many channels."""
+    heads = num_heads if head_channels is None else channels // head_channels
+    if heads < 1 or channels % heads or (head_channels is not None and channels % head_channels):
+        what = f"{num_heads} heads" if head_channels is None else f"heads of {head_channels}"
+        raise ValueError(
+            f"{channels} channels do not divide into {what}; change network.head_channels or network.num_heads"
+        )
+    return heads
