@@ -30,6 +30,9 @@ _NEUTRAL = (
     "paths",
     "hydra",
     "data.num_workers",
+    "data.on_device",
+    "data.dataset.cache_dir",
+    "data.dataset.root",
     "callbacks.progress",
     "callbacks.log",
     "callbacks.sample_grid",
@@ -160,6 +163,46 @@ def validate_sample(cfg: DictConfig) -> None:
     _require_integer(cfg, "seed", 0, 2**63 - 1)
     for option in ("ckpt", "out", "device"):
         _require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+
+
+def validate_convert(cfg: DictConfig) -> None:
+    """Check the options of consistency-convert.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    _require(cfg.format in ("openai", "edm", "diffusers"), "format", cfg.format, "openai, edm or diffusers")
+    for option in ("source", "out"):
+        _require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    wanted, exists = ("a folder", Path.is_dir) if cfg.format == "diffusers" else ("a file", Path.is_file)
+    _require(exists(Path(cfg.source)), "source", cfg.source, f"{wanted} that exists")
+    kinds = {"openai": ("consistency", "edm"), "edm": ("edm",), "diffusers": ("consistency",)}[cfg.format]
+    _require(cfg.kind in (None, *kinds), "kind", cfg.kind, f"{' or '.join(kinds)} with format={cfg.format}")
+    used = {"openai": ("image_size", "head_channels", "num_heads"), "edm": ("head_channels",), "diffusers": ()}
+    for option in ("image_size", "head_channels", "num_heads"):
+        if cfg[option] is not None:
+            _require(
+                option in used[cfg.format], option, cfg[option], f"null with format={cfg.format}, the file says it"
+            )
+            _require_integer(cfg, option, 1)
+    both = cfg.head_channels is not None and cfg.num_heads is not None
+    _require(not both, "num_heads", cfg.num_heads, "null where head_channels is given")
+    for option in ("noise_scale", "sigma_data", "sigma_min", "sigma_max"):
+        value = cfg[option]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(value is None or (is_number and 0 < value < math.inf), option, value, "a positive number, or null")
+
+
+def validate_export(cfg: DictConfig) -> None:
+    """Check the options of consistency-export.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    _require(cfg.format in ("safetensors", "diffusers"), "format", cfg.format, "safetensors or diffusers")
+    for option in ("ckpt", "out"):
+        _require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    _require_integer(cfg, "num_levels", 2)
 
 
 def _require_integer(cfg: DictConfig, option: str, low: int, high: int | None = None) -> None:

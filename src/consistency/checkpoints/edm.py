@@ -1,0 +1,117 @@
+"""NVlabs' EDM snapshots (`.pkl`), or a state dict with the same names: DDPM++, NCSN++ and ADM."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from consistency.checkpoints.layouts import edm_modules, fill, rows_from_head_dim_three
+from consistency.checkpoints.pickles import Record, read_pickle
+from consistency.checkpoints.tensors import is_zip, read_tensors
+from consistency.models.unet import UNet
+
+log = logging.getLogger(__name__)
+HEAD_CHANNELS = 64  # of DhariwalUNet
+PRECONDITIONING = ("EDMPrecond", "ECMPrecond")  # ECT's snapshots hold the latter
+
+
+def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[UNet, dict[str, Any]]:
+    """The EMA network of a snapshot, and what the snapshot says of itself (`sigma_data`, `class_name`).
+
+    Nothing in the file is executed. Its size, widths, filters, classes and augmentation labels are read off names and
+    shapes; heads and dropout off the modules, where the file holds modules.
+
+    Args:
+        source: The file.
+        head_channels: Channels per attention head of an ADM; None for what the file says, or 64.
+
+    Raises:
+        ValueError: if the file is not such a network, or asks for anything to be run.
+    """
+    tensors, said = _read(Path(source))
+    tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    filters = {name: tensors.pop(name) for name in list(tensors) if name.endswith("resample_filter")}
+    config = _config(tensors, str(source), filters)
+    if config["adm"]:
+        config["head_channels"] = head_channels or said.pop("head_channels", HEAD_CHANNELS)
+    config["dropout"] = said.pop("dropout", 0.0)
+    said.pop("head_channels", None)
+    network = UNet(**config)
+    fill(network, tensors, edm_modules(network), source=str(source), rows=rows_from_head_dim_three)
+    return network, said
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, what the file says beside them)."""
+    if path.suffix == ".safetensors" or is_zip(path):
+        return read_tensors(path), {}
+    contents = read_pickle(path)
+    model = contents.get("ema") if isinstance(contents, dict) else contents
+    if not isinstance(model, Record):
+        raise ValueError(f"{path} holds no network under 'ema'; expected a snapshot of NVlabs/edm")
+    if model.class_name not in PRECONDITIONING:
+        raise ValueError(
+            f"{path} holds a {model.class_name or 'module'}; this converter reads {' and '.join(PRECONDITIONING)} "
+            "(other preconditionings and EDM2's networks are other models)"
+        )
+    said: dict[str, Any] = {
+        "class_name": model.class_name,
+        "sigma_data": float(model.attributes.get("sigma_data", 0.5)),
+    }
+    blocks = [module.attributes for module in model.modules() if "num_heads" in module.attributes]
+    if heads := {block["out_channels"] // block["num_heads"] for block in blocks if block["num_heads"]}:
+        said["head_channels"] = min(heads)
+    if blocks:
+        said["dropout"] = float(blocks[0].get("dropout", 0.0))
+    return dict(model.tensors()), said
+
+
+def _config(tensors: dict[str, Tensor], source: str, filters: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of our UNet, read off names and shapes."""
+    sizes = [int(match[1]) for name in tensors if (match := re.fullmatch(r"enc\.(\d+)x\d+_conv\.weight", name))]
+    if not sizes or "map_layer0.weight" not in tensors:
+        raise ValueError(f"{source} is not a network of NVlabs' layout: it lacks enc.*_conv or map_layer0")
+    if skip := [name for name in tensors if re.search(r"_aux_(down|skip|up)\.", name)]:
+        raise ValueError(f"{source} has {skip[0]}, of an encoder or decoder of type 'skip'; no such network here")
+    size, adm = sizes[0], "out_conv.weight" in tensors
+    channels, in_channels = tensors[f"enc.{size}x{size}_conv.weight"].shape[:2]
+    embed = tensors["map_layer0.weight"]
+    resolutions = sorted(
+        {int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d+)x\d+_block0\.", name))}, reverse=True
+    )
+    widths = [tensors[f"enc.{r}x{r}_block0.conv1.weight"].shape[0] for r in resolutions]
+    count = sum(re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", name) is not None for name in tensors)
+    labels, augment = tensors.get("map_label.weight"), tensors.get("map_augment.weight")
+    pyramid = any("_aux_residual." in name for name in tensors)
+    affine = tensors[f"enc.{size}x{size}_block0.affine.weight"]
+    return {
+        "image_size": size,
+        "in_channels": in_channels,
+        "num_classes": 0 if labels is None else labels.shape[1],
+        "channels": channels,
+        "channel_mult": [width // channels for width in widths],
+        "num_blocks": count,
+        "attention_resolutions": [r for r in resolutions if f"enc.{r}x{r}_block0.qkv.weight" in tensors],
+        "fourier_scale": 16.0 if "map_noise.freqs" in tensors else None,  # what drew the frequencies; they come along
+        "noise_channel_mult": embed.shape[1] // channels,
+        "emb_channel_mult": embed.shape[0] // channels,
+        "scale_shift": affine.shape[0] == 2 * widths[0],
+        "skip_scale": 1.0 if adm else 0.5**0.5,
+        "resample_filter": _taps(filters) or ([1, 3, 3, 1] if pyramid else [1, 1]),
+        "norm_eps": 1e-5 if adm else 1e-6,
+        "input_pyramid": pyramid,
+        "augment_channels": 0 if augment is None else augment.shape[1],
+        "adm": adm,
+    }
+
+
+def _taps(filters: dict[str, Tensor]) -> list[int]:
+    """The integer taps of the file's resampling filters, which are outer products; empty if it holds none."""
+    if not filters:
+        return []
+    row = next(iter(filters.values())).double()[0, 0].sum(0)
+    return [round(value) for value in (row / row[row > 0].min()).tolist()]

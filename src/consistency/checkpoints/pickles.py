@@ -1,0 +1,222 @@
+"""Read pickles of other projects without running anything in them.
+
+NVlabs/edm saves whole modules, together with the Python source that rebuilds them. The unpickler here knows a short
+list of names, makes tensors, plain containers and inert records of them, and refuses every other name.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its zip files
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+
+
+class Record:
+    """An object of a foreign class: its class's name and its attributes, and no behaviour."""
+
+    class_name = ""
+    attributes: dict[str, Any]
+
+    def __new__(cls, *_: Any) -> Record:
+        """With or without the arguments that the foreign class took."""
+        record = super().__new__(cls)
+        record.attributes = {}
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
+            self.attributes.update(part or {})
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the parameters and buffers below a module, named as in its state dict."""
+        hidden = self.attributes.get("_non_persistent_buffers_set", ())
+        for group in ("_parameters", "_buffers"):
+            for name, value in self.attributes.get(group, {}).items():
+                if isinstance(value, Tensor) and name not in hidden:
+                    yield prefix + name, value
+        for name, module in self.attributes.get("_modules", {}).items():
+            if isinstance(module, Record):
+                yield from module.tensors(f"{prefix}{name}.")
+
+    def modules(self) -> Iterator[Record]:
+        """This module and all below it."""
+        yield self
+        for module in self.attributes.get("_modules", {}).values():
+            if isinstance(module, Record):
+                yield from module.modules()
+
+
+class _PlainDict(dict[str, Any]):
+    """Stands for dictionaries with extras, such as NVlabs' EasyDict."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state or {})
+
+
+def read_pickle(path: str | Path) -> Any:
+    """The contents of a pickle as plain containers, tensors and `Record`s.
+
+    Raises:
+        ValueError: if it names anything that is not on the short list, or is damaged.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return _Unpickler(io.BytesIO(data)).load()
+    except _RefusedError as error:
+        raise ValueError(f"{path} was not read: {error}") from None
+    except Exception as error:  # an unpickler fails in every way on damaged input
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable pickle: {reason}") from error
+
+
+class _RefusedError(Exception):
+    """A name that is not on the list."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves the names of `_KNOWN` and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for `module.name`."""
+        known = _KNOWN.get((module, name))
+        if known is None:
+            raise _RefusedError(f"it asks for {module}.{name}, which no file of weights needs; nothing of it was run")
+        return known
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Only streams inside a stream refer to storages."""
+        raise _RefusedError(f"it refers to an object outside of it ({str(pid)[:40]})")
+
+
+class _StorageUnpickler(_Unpickler):
+    """The inner stream of a tensor's storage, in the old format of torch.save."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.storages: dict[str, tuple[torch.dtype, int]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Storage types only."""
+        if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
+            return _STORAGES[name]
+        raise _RefusedError(f"a tensor in it asks for {module}.{name}; nothing of it was run")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Note a storage; its bytes come later in the stream."""
+        kind, dtype, key, _, numel = pid[:5]
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or (len(pid) > 5 and pid[5] is not None):
+            raise _RefusedError(f"a tensor in it is kept as {str(pid)[:40]}")
+        self.storages[key] = (dtype, int(numel))
+        return key
+
+
+def _load_storage(data: bytes) -> Tensor:
+    """`torch.storage._load_from_bytes`, which unpickles again, done by our own unpickler: a 1-D tensor."""
+    stream = io.BytesIO(data)
+    if _StorageUnpickler(stream).load() != _LEGACY_MAGIC:
+        raise _RefusedError("a tensor in it is not in the old format of torch.save")
+    for _ in range(2):  # protocol version, byte order
+        _StorageUnpickler(stream).load()
+    reader = _StorageUnpickler(stream)
+    wanted = reader.load()
+    keys = _StorageUnpickler(stream).load()
+    found = {}
+    for key in keys:
+        dtype, numel = reader.storages[key]
+        size = numel * torch.empty(0, dtype=dtype).element_size()
+        stream.seek(8, io.SEEK_CUR)  # the count of elements once more
+        raw = stream.read(size)
+        if len(raw) != size:
+            raise ValueError("a tensor is cut off")
+        found[key] = torch.frombuffer(bytearray(raw), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return found[wanted]
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _persistent_object(meta: dict[str, Any]) -> Record:
+    """NVlabs' `_reconstruct_persistent_obj` without its source: the name and the attributes."""
+    record = Record()
+    record.class_name = str(meta["class_name"])
+    record.__setstate__(meta["state"])
+    return record
+
+
+class _NumpyType(Record):
+    """A numpy dtype; its state (byte order, flags) does not matter to the few that are allowed."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _numpy_dtype(code: str, *_: Any) -> Record:
+    dtype = _NumpyType()
+    dtype.class_name = code
+    return dtype
+
+
+def _numpy_scalar(dtype: Record, data: bytes) -> Any:
+    if dtype.class_name not in ("f8", "f4", "i8", "i4", "b1"):
+        raise _RefusedError(f"it holds a numpy scalar of type {dtype.class_name}")
+    return np.frombuffer(data, dtype=dtype.class_name)[0].item()
+
+
+class _Call:
+    """A function that a stream may call, but not change: BUILD sets attributes on whatever it is given."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _RefusedError("it tries to change a function of its reader")
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("dnnlib.util", "EasyDict"): _PlainDict,
+    ("numpy", "dtype"): _Call(_numpy_dtype),
+    ("numpy.core.multiarray", "scalar"): _Call(_numpy_scalar),
+    ("numpy._core.multiarray", "scalar"): _Call(_numpy_scalar),
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Call(_rebuild_parameter),
+    ("torch.storage", "_load_from_bytes"): _Call(_load_storage),
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Call(_persistent_object),
+    **{
+        ("torch.nn.modules.container", name): type(name, (Record,), {"class_name": name})
+        for name in ("ModuleDict", "ModuleList", "Sequential")
+    },
+}

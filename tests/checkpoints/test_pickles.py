@@ -1,0 +1,102 @@
+import io
+import os
+import pickle
+import pickletools
+from pathlib import Path
+
+import pytest
+import torch
+
+from consistency.checkpoints.pickles import Record, read_pickle
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+class Reduced:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *args, state=None):
+        self.function, self.args, self.state = function, args, state
+
+    def __reduce__(self):
+        return (self.function, self.args) if self.state is None else (self.function, self.args, self.state)
+
+
+def written(tmp_path, content):
+    file = tmp_path / "file.pkl"
+    file.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return file
+
+
+def storage_stream(inner):
+    """What a tensor's storage looks like to `torch.storage._load_from_bytes`, with other contents."""
+    legacy = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    stream = b"".join(pickle.dumps(part, protocol=2) for part in legacy)
+    return stream + inner
+
+
+def test_embedded_source_is_carried_but_not_run():
+    contents = read_pickle(DATA / "edm_ncsnpp.pkl")
+    raw = (DATA / "edm_ncsnpp.pkl").read_bytes()
+    assert any(isinstance(arg, str) and arg.startswith("raise RuntimeError") for _, arg, _ in pickletools.genops(raw))
+    model = contents["ema"]
+    assert type(model) is Record
+    assert model.class_name == "EDMPrecond"
+    assert contents["dataset_kwargs"]["path"] == "datasets/example.zip"
+    assert "model.enc.8x8_down.conv0.resample_filter" in dict(model.tensors())
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "name"),
+    [
+        (os.system, ("touch ran",), "posix.system"),
+        (eval, ("open('ran', 'w')",), "builtins.eval"),
+        (getattr, ("", "join"), "builtins.getattr"),
+        (torch.load, ("x",), "torch.serialization.load"),
+    ],
+)
+def test_call_of_anything_else_is_refused_and_does_nothing(tmp_path, monkeypatch, function, args, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=name) as caught:
+        read_pickle(written(tmp_path, {"ema": Reduced(function, *args)}))
+    assert "\n" not in str(caught.value)
+    assert not Path("ran").exists()
+
+
+def test_stream_inside_a_tensor_is_read_by_the_same_rules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inner = storage_stream(pickle.dumps(Reduced(os.system, "touch ran"), protocol=2))
+    evil = Reduced(torch.storage._load_from_bytes, inner)
+    with pytest.raises(ValueError, match=r"posix\.system"):
+        read_pickle(written(tmp_path, {"ema": evil}))
+    assert not Path("ran").exists()
+
+
+def test_tensors_survive(tmp_path):
+    tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(5), "c": torch.randn(2).half(), "d": torch.zeros(0)}
+    found = read_pickle(written(tmp_path, tensors))
+    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_functions_of_the_reader_cannot_be_changed(tmp_path):
+    # BUILD sets attributes on what it is given: here, the default arguments of a known function.
+    stream = b"ctorch._utils\n_rebuild_parameter\n(N}(X\x0c\x00\x00\x00__defaults__(I1\nttub."
+    with pytest.raises(ValueError, match=r"file\.pkl"):
+        read_pickle(written(tmp_path, stream))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_damaged_file_is_one_line(tmp_path, share):
+    whole = (DATA / "edm_ddpmpp.pkl").read_bytes()
+    with pytest.raises(ValueError, match=r"file\.pkl is not a readable pickle") as caught:
+        read_pickle(written(tmp_path, whole[: int(len(whole) * share)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_tensor_larger_than_its_storage_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(4).untyped_storage(), buffer, _use_new_zipfile_serialization=False)
+    storage = Reduced(torch.storage._load_from_bytes, buffer.getvalue())
+    evil = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (1000,), (1,), False, None)
+    with pytest.raises(ValueError, match="not a readable pickle"):
+        read_pickle(written(tmp_path, evil))
