@@ -3,15 +3,18 @@
 import csv
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from PIL import Image
 
 from consistency import config
-from consistency.checkpoints.io import load_model
+from consistency.checkpoints.io import load_model, save_denoiser
+from consistency.models.denoiser import Denoiser
 from consistency.runs.sample import sample
 from consistency.runs.train import train
 
@@ -110,6 +113,27 @@ def test_methods_that_start_from_a_diffusion_model(folder, method, option):
     assert info["images_seen"] == 32
     # With a learning rate of nothing the weights are still the averaged ones of the diffusion model.
     torch.testing.assert_close(trained.network.state_dict(), first.network.state_dict(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sigma_data": 0.5}, ["sigma_data 0.5", "noise.sigma_data is 0.75"]),
+        ({"sigma_min": 0.01}, [r"\(0.01, 80.0\)", r"\(0.002, 80.0\)"]),
+        ({"network": {"image_size": 16}}, [r"\[1, 16, 16\]", r"\[1, 8, 8\]"]),
+        ({"network": {"in_channels": 3}}, [r"\[3, 8, 8\]", r"\[1, 8, 8\]"]),
+        ({"network": {"num_classes": 7}}, ["network has 7 classes", "data set 10"]),
+        ({"boundary": 0.002}, ["must be a diffusion model", "got a consistency model"]),
+    ],
+)
+def test_distillation_refuses_a_teacher_that_does_not_fit(folder, tmp_path, change, words):
+    settings = load_model(folder / "outputs/smoke_edm")[0].config
+    settings = {**settings, **change, "network": {**settings["network"], **change.get("network", {})}}
+    teacher = save_denoiser(Denoiser.from_config(settings), tmp_path / "teacher", {"method": "EDM", "weights": "raw"})
+    with pytest.raises((ValueError, InstantiationException)) as caught:
+        run(tmp_path, "cd", "experiment=smoke_cd", f"teacher={teacher}")
+    message = str(caught.value.__cause__ or caught.value)
+    assert all(re.search(word, message) for word in words), message
 
 
 def test_start_from_another_network_names_the_options(folder):

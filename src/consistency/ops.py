@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -58,6 +58,11 @@ def derive_seed(purpose: str, *keys: int) -> int:
     sequence = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(keys), *keys])
     low, high = sequence.generate_state(2)
     return int(low) | (int(high) & 0x7FFFFFFF) << 32
+
+
+def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
+    """Seed of each image that a sampling run with `seed` draws; image i depends on (seed, i) alone."""
+    return [derive_seed("image", seed, int(index)) for index in indices]
 
 
 def randn_of_seeds(seeds: list[int], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -44,7 +44,7 @@ class Watch(Callback):
         if pl_module.target is not None:
             self.target.append(flat(pl_module.target.parameters()))
         if self.average is not None:
-            self.averaged.append(flat(self.average.averages[self.average.name()].values()))
+            self.averaged.append(flat(self.average.averages[self.average.names[0]].values()))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.on_train_start(trainer, pl_module)
@@ -109,9 +109,9 @@ def test_several_rates(make_method, fit):
     method, watch = make_method(), Watch(average)
     fit(method, callbacks=[average, watch])
     assert list(average.averages) == ["ema0.5", "ema0", "ema0.9999"]
-    for decay in average.decays:
+    for name, decay in average.decays.items():
         expected = mix(decay, watch.online[0], watch.online[1])
-        assert_close(flat(average.averages[average.name(decay)].values()), expected, rtol=1e-6, atol=1e-7)
+        assert_close(flat(average.averages[name].values()), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_target_callback_leaves_methods_without_a_target_alone(make_method, fit):
@@ -126,8 +126,8 @@ def test_applied_swaps_the_averages_in_and_the_raw_weights_back(make_method, fit
     fit(method, callbacks=[average])
     x, sigma = torch.randn(2, 1, 4, 4), torch.ones(2)
     raw, before = flat(method.denoiser.parameters()), method.denoiser(x, sigma)
-    for decay, expected in ((None, "ema0.9"), (0.5, "ema0.5")):
-        with average.applied(method, decay) as name:
+    for asked, expected in ((None, "ema0.9"), ("ema0.5", "ema0.5")):
+        with average.applied(method, asked) as name:
             assert name == expected
             assert torch.equal(flat(method.denoiser.parameters()), flat(average.averages[name].values()))
             assert not torch.equal(method.denoiser(x, sigma), before)
@@ -169,7 +169,59 @@ def test_rate_that_the_checkpoint_lacks_is_refused(make_method, fit):
         fit(method, callbacks=[WeightEMA([0.5])])
 
 
-@pytest.mark.parametrize("decays", [[], [1.0], [-0.1], [0.9, 0.9]])
+def test_half_life_counts_images(make_method, fit):
+    # Four images a step: the weights of two steps ago count half after a half-life of 8 images.
+    average = WeightEMA(half_lives=[8], warmup=False)
+    method, watch = make_method(), Watch(average)
+    fit(method, steps=2, callbacks=[average, watch])
+    assert average.names == ["ema_0.008kimg"]
+    for step in range(2):
+        expected = mix(0.5**0.5, watch.averaged[step], watch.online[step + 1])
+        assert_close(watch.averaged[step + 1], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_half_life_does_not_depend_on_how_images_are_batched(make_method, fit):
+    averages = []
+    for batch_size, steps in ((4, 4), (8, 2)):
+        average = WeightEMA(half_lives=[8], warmup=False)
+        method = make_method()
+        method.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+        before = flat(method.denoiser.parameters()).clone()
+        average.averages = {"ema_0.008kimg": {k: v.detach() + 1 for k, v in method.denoiser.named_parameters()}}
+        fit(method, steps=steps, batch_size=batch_size, callbacks=[average])
+        averages.append(flat(average.averages["ema_0.008kimg"].values()) - before)
+    assert_close(averages[0], torch.full_like(averages[0], 0.25), rtol=1e-4, atol=1e-5)  # 16 images: two half-lives
+    assert_close(averages[0], averages[1], rtol=1e-4, atol=1e-5)
+
+
+def test_half_life_ramps_up_with_the_images_seen(make_method, fit):
+    average = WeightEMA(half_lives=[0.3])
+    method, watch = make_method(), Watch(average)
+    fit(method, steps=3, callbacks=[average, watch])
+    # 5 % of 0, 4 and 8 images, at most 0.3.
+    for step, half_life in enumerate([1e-8, 0.2, 0.3]):
+        expected = mix(0.5 ** (4 / half_life), watch.averaged[step], watch.online[step + 1])
+        assert_close(watch.averaged[step + 1], expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(watch.averaged[1], watch.online[1])
+
+
+def test_names_of_half_lives():
+    average = WeightEMA([0.999], half_lives=[500_000, 25e6, 3.1e6])
+    assert average.names == ["ema0.999", "ema_500kimg", "ema_25Mimg", "ema_3.1Mimg"]
+
+
+@pytest.mark.parametrize("decays", [[1.0], [-0.1], [0.9, 0.9]])
 def test_refuses_rates(decays):
     with pytest.raises(ValueError, match="decays"):
         WeightEMA(decays)
+
+
+@pytest.mark.parametrize("half_lives", [[0], [-1], [5e5, 5e5]])
+def test_refuses_half_lives(half_lives):
+    with pytest.raises(ValueError, match="half_lives"):
+        WeightEMA(half_lives=half_lives)
+
+
+def test_refuses_nothing_at_all():
+    with pytest.raises(ValueError, match="no average was asked for"):
+        WeightEMA([])

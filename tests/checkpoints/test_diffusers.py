@@ -8,7 +8,7 @@ from consistency.checkpoints.diffusers import read_diffusers, save_pipeline
 from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
 from consistency.noise.grids import karras_grid
-from consistency.ops import derive_seed, randn_of_seeds
+from consistency.ops import image_seeds, randn_of_seeds
 from consistency.sampling.samplers import ConsistencySampler
 
 ADM = {
@@ -59,7 +59,7 @@ def test_pipeline_draws_our_images(make, tmp_path, options, mid_sigmas):
     save_pipeline(denoiser, tmp_path / "pipe")
     pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / "pipe")
     pipeline.set_progress_bar_config(disable=True)
-    seeds = [derive_seed("image", 0, index) for index in range(3)]
+    seeds = image_seeds(0, range(3))
     labels = torch.tensor([0, 4, 2]) if denoiser.num_classes else None
     steps, levels = {"num_inference_steps": 1}, ()
     if mid_sigmas:

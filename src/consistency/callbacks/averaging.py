@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.models.averages import ema_update_
+
+RAMP_UP = 0.05  # longest half-life in units of the images seen (EDM, App. F.2)
 
 
 class TargetEMA(Callback):
@@ -43,42 +45,62 @@ class TargetEMA(Callback):
 class WeightEMA(Callback):
     """Averages of the denoiser's weights at several rates, for sampling and export; never part of a gradient.
 
-    After optimizer step k: average <- beta average + (1 - beta) theta, beta = min(decay, (1 + k) / (10 + k)): the
-    warm-up keeps early averages from being mostly the random start. They live in this callback and its checkpoint;
-    only the denoiser is averaged, the raw weights stay where they are.
+    After optimizer step k: average <- beta average + (1 - beta) theta. A decay is beta per step; a half-life h in
+    images is beta = 0.5^(images of the step / h), which means the same at every batch. The warm-up keeps early averages
+    from being mostly the random start: beta is at most (1 + k) / (10 + k), h at most 5 % of the images seen (EDM). The
+    averages live in this callback and its checkpoint; only the denoiser is averaged, the raw weights stay where they
+    are.
 
     Args:
-        decays: Rates per optimizer step; the first is the one that is sampled and exported. iCT uses 0.99993.
+        decays: Rates per optimizer step. iCT uses 0.99993 on CIFAR-10.
+        half_lives: Half-lives in images, e.g. EDM's 500,000 on CIFAR-10.
         warmup: Whether beta ramps up.
+
+    The first of `decays`, or else of `half_lives`, is the one that is sampled and exported.
     """
 
     state_key = "WeightEMA"
 
-    def __init__(self, decays: list[float], *, warmup: bool = True) -> None:
-        decays = list(decays)
-        if not decays or not all(0 <= decay < 1 for decay in decays) or len(set(decays)) != len(decays):
+    def __init__(self, decays: Sequence[float] = (), *, half_lives: Sequence[float] = (), warmup: bool = True) -> None:
+        decays, half_lives = list(decays or ()), list(half_lives or ())
+        self._check(decays, half_lives)
+        self.warmup = warmup
+        self.decays = {f"ema{decay:g}": decay for decay in decays}
+        self.half_lives = {f"ema_{_short(half_life)}img": half_life for half_life in half_lives}
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        self._last_step = self._last_images = 0
+
+    @staticmethod
+    def _check(decays: list[float], half_lives: list[float]) -> None:
+        if not all(0 <= decay < 1 for decay in decays) or len(set(decays)) != len(decays):
             raise ValueError(
                 f"decays must be different numbers in [0, 1), got {decays}; change callbacks.weight_ema.decays"
             )
-        self.decays, self.warmup = decays, warmup
-        self.averages: dict[str, dict[str, Tensor]] = {}
-        self._last_step = 0
+        if not all(half_life > 0 for half_life in half_lives) or len({*map(_short, half_lives)}) != len(half_lives):
+            raise ValueError(
+                "half_lives must be different positive numbers of images, "
+                f"got {half_lives}; change callbacks.weight_ema.half_lives"
+            )
+        if not decays and not half_lives:
+            raise ValueError(
+                "no average was asked for: give callbacks.weight_ema.decays or half_lives, or callbacks.weight_ema=null"
+            )
 
-    def name(self, decay: float | None = None) -> str:
-        """Name of the weights of a rate (the first by default), e.g. `ema0.999`: files and logs carry it."""
-        return f"ema{self.decays[0] if decay is None else decay:g}"
+    @property
+    def names(self) -> list[str]:
+        """Names of the averages, e.g. `ema0.999` and `ema_500kimg`: files and logs carry them."""
+        return [*self.decays, *self.half_lives]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start from the online weights, or move restored averages to the device."""
-        self._last_step = pl_module.progress.step
+        self._last_step, self._last_images = pl_module.progress.step, pl_module.progress.images_seen
         parameters = dict(pl_module.denoiser.named_parameters())
-        for decay in self.decays:
-            name = self.name(decay)
+        for name in self.names:
             if name not in self.averages:
                 if self._last_step > 0:
                     raise ValueError(
                         f"the checkpoint holds no average {name} (it has {sorted(self.averages)}); set "
-                        "callbacks.weight_ema.decays to those, or start another run with run_name="
+                        "callbacks.weight_ema.decays and half_lives to those, or start another run with run_name="
                     )
                 self.averages[name] = {key: value.detach().clone() for key, value in parameters.items()}
             self.averages[name] = {key: value.to(parameters[key].device) for key, value in self.averages[name].items()}
@@ -88,16 +110,22 @@ class WeightEMA(Callback):
         step = pl_module.progress.step
         if step == self._last_step:
             return
-        self._last_step = step
+        seen = pl_module.progress.images_seen
+        images, self._last_step, self._last_images = seen - self._last_images, step, seen
         values = list(pl_module.denoiser.parameters())
-        for decay in self.decays:
+        for name, decay in self.decays.items():
             beta = min(decay, step / (9 + step)) if self.warmup else decay
-            ema_update_(self.averages[self.name(decay)].values(), values, beta)
+            ema_update_(self.averages[name].values(), values, beta)
+        for name, half_life in self.half_lives.items():
+            # EDM counts the images *before* this step: its first step copies the weights.
+            reached = RAMP_UP * (seen - images) if self.warmup else half_life
+            beta = 0.5 ** (images / max(min(half_life, reached), 1e-8))
+            ema_update_(self.averages[name].values(), values, beta)
 
     @contextmanager
-    def applied(self, pl_module: Any, decay: float | None = None) -> Iterator[str]:
+    def applied(self, pl_module: Any, name: str | None = None) -> Iterator[str]:
         """Within the context the denoiser holds an average (the first by default); yields its name."""
-        name = self.name(decay)
+        name = name or self.names[0]
         parameters = dict(pl_module.denoiser.named_parameters())
         raw = {key: value.detach().clone() for key, value in parameters.items()}
         try:
@@ -113,6 +141,11 @@ class WeightEMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the averages."""
         self.averages = state_dict["averages"]
+
+
+def _short(images: float) -> str:
+    """500000 -> 500k, 25e6 -> 25M."""
+    return f"{images / 1e6:g}M" if images >= 1e6 else f"{images / 1e3:g}k"
 
 
 @torch.no_grad()

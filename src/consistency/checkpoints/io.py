@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint of a run: tensors and plain containers."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint of this project: {error}".splitlines()[0]) from error
+    except Exception as error:  # damaged zip files and pickles fail in every way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable checkpoint of this project: {reason}") from error
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class Progress(nn.Module):
@@ -68,6 +69,17 @@ def configure_optimizer(
     if lr_schedule is None:
         return {"optimizer": built}
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built), "interval": "step"}}
+
+
+def linear_warmup(optimizer: Optimizer, *, images: int, batch_size: int) -> LambdaLR:
+    """The rate grows linearly from 0 to its full value over so many images (EDM: 10 million; `lr_rampup`).
+
+    Args:
+        optimizer: Whose rates are scaled.
+        images: Length of the warm-up.
+        batch_size: Images of one optimizer step.
+    """
+    return LambdaLR(optimizer, lambda step: min(step * batch_size / images, 1.0))
 
 
 def check_target_moves(trainer: Trainer, target: nn.Module | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,25 +104,23 @@ class UNet(nn.Module):
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.augment_channels, self.adm = augment_channels, adm
         emb_channels, noise_channels = emb_channel_mult * channels, noise_channel_mult * channels
-        style = BlockStyle(
-            emb_channels,
-            scale_shift=scale_shift,
-            skip_scale=skip_scale,
-            norm_eps=norm_eps,
-            norm_groups=norm_groups,
-            adm=adm,
+        blocks = _Blocks(
+            BlockStyle(
+                emb_channels,
+                scale_shift=scale_shift,
+                skip_scale=skip_scale,
+                norm_eps=norm_eps,
+                norm_groups=norm_groups,
+                adm=adm,
+            ),
+            attention_resolutions=tuple(attention_resolutions),
+            head_channels=head_channels,
+            num_heads=num_heads,
+            dropout=dropout,
+            dropout_max_resolution=dropout_max_resolution,
+            filter_taps=tuple(resample_filter),
+            strided=conv_resample,
         )
-
-        def block(in_ch: int, out_ch: int, size: int, *, attention: bool, **options: Any) -> ResidualBlock:
-            active = dropout_max_resolution is None or size <= dropout_max_resolution
-            heads = _num_heads(out_ch, head_channels, num_heads) if attention else 0
-            return ResidualBlock(in_ch, out_ch, style, dropout=dropout if active else 0.0, num_heads=heads, **options)
-
-        def resample(width: int, size: int, *, up: bool) -> nn.Module:
-            if conv_resample:
-                return ConvResample(width, up=up)
-            return block(width, width, size, attention=False, resample=Resample(tuple(resample_filter), up=up))
-
         self.embed_noise = (
             PositionalEmbedding(noise_channels, adm=adm)
             if fourier_scale is None
@@ -132,54 +131,63 @@ class UNet(nn.Module):
         self.linear0 = nn.Linear(noise_channels, emb_channels)
         self.linear1 = nn.Linear(emb_channels, emb_channels)
 
-        sizes = [image_size >> level for level in range(len(channel_mult))]
+        widths = [channels * mult for mult in channel_mult]
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.encoder = nn.ModuleList()
-        self.pyramid = nn.ModuleList()
-        self.shrinks: list[bool] = []
-        width, skips, pyramid_width = channels, [channels], in_channels
-        for level, (size, mult) in enumerate(zip(sizes, channel_mult, strict=True)):
-            if level:
-                self.encoder.append(resample(width, size, up=False))
-                self.shrinks.append(True)
-                skips.append(width)
-                if input_pyramid:
-                    self.pyramid.append(PyramidConv(pyramid_width, width, tuple(resample_filter)))
-                    pyramid_width = width
-            for _ in range(num_blocks):
-                self.encoder.append(block(width, channels * mult, size, attention=size in attention_resolutions))
-                self.shrinks.append(False)
-                width = channels * mult
-                skips.append(width)
-
-        smallest = sizes[-1]
+        skips = self._build_encoder(blocks, widths, num_blocks, input_pyramid)
+        smallest, width = image_size >> (len(widths) - 1), skips[-1]
         self.middle = nn.ModuleList(
-            [block(width, width, smallest, attention=True), block(width, width, smallest, attention=False)]
+            [blocks.residual(width, width, smallest, attention=attention) for attention in (True, False)]
         )
-        self.decoder = nn.ModuleList()
-        self.takes_skip: list[bool] = []
-        for level in reversed(range(len(channel_mult))):
-            size, mult = sizes[level], channel_mult[level]
-            if level < len(channel_mult) - 1:
-                self.decoder.append(resample(width, size, up=True))
-                self.takes_skip.append(False)
-            for index in range(num_blocks + 1):
-                attention = size in attention_resolutions and (adm or index == num_blocks)
-                self.decoder.append(block(width + skips.pop(), channels * mult, size, attention=attention))
-                self.takes_skip.append(True)
-                width = channels * mult
-        self.out_norm = style.norm(width)
-        self.out_conv = nn.Conv2d(width, in_channels, 3, padding=1)
+        self._build_decoder(blocks, widths, num_blocks, skips)
+        self.out_norm = blocks.style.norm(widths[0])
+        self.out_conv = nn.Conv2d(widths[0], in_channels, 3, padding=1)
 
         for module in (None if adm else self.embed_label, self.linear0, self.linear1, self.stem):
             if module is not None:
-                style.init(module)
-        style.init(self.out_conv, scale=ALMOST_ZERO)
+                blocks.style.init(module)
+        blocks.style.init(self.out_conv, scale=ALMOST_ZERO)
         if adm and self.embed_label is not None:
             nn.init.normal_(self.embed_label.weight)  # as an embedding of its own for each label
         self.embed_augment = nn.Linear(augment_channels, noise_channels, bias=False) if augment_channels else None
         if self.embed_augment is not None:
-            style.init(self.embed_augment, scale=ALMOST_ZERO if adm else 1.0)
+            blocks.style.init(self.embed_augment, scale=ALMOST_ZERO if adm else 1.0)
+
+    def _build_encoder(self, blocks: _Blocks, widths: list[int], num_blocks: int, input_pyramid: bool) -> list[int]:
+        """Blocks from full size down; returns the widths of their outputs, the stem's first."""
+        self.encoder, self.pyramid = nn.ModuleList(), nn.ModuleList()
+        self.shrinks: list[bool] = []  # of each block of the encoder: whether it halves the size
+        skips, pyramid_width = [self.stem.out_channels], self.in_channels
+        for level, width in enumerate(widths):
+            size = self.image_size >> level
+            if level:
+                self.encoder.append(blocks.resample(skips[-1], size, up=False))
+                self.shrinks.append(True)
+                skips.append(skips[-1])
+                if input_pyramid:
+                    self.pyramid.append(PyramidConv(pyramid_width, skips[-1], blocks.filter_taps))
+                    pyramid_width = skips[-1]
+            for _ in range(num_blocks):
+                attention = size in blocks.attention_resolutions
+                self.encoder.append(blocks.residual(skips[-1], width, size, attention=attention))
+                self.shrinks.append(False)
+                skips.append(width)
+        return skips
+
+    def _build_decoder(self, blocks: _Blocks, widths: list[int], num_blocks: int, skips: list[int]) -> None:
+        """Blocks from the smallest size up; all but those that enlarge take an output of the encoder, last first."""
+        self.decoder, skips = nn.ModuleList(), list(skips)
+        self.takes_skip: list[bool] = []
+        width = skips[-1]
+        for level in reversed(range(len(widths))):
+            size = self.image_size >> level
+            if level < len(widths) - 1:
+                self.decoder.append(blocks.resample(width, size, up=True))
+                self.takes_skip.append(False)
+            for index in range(num_blocks + 1):
+                attention = size in blocks.attention_resolutions and (self.adm or index == num_blocks)
+                self.decoder.append(blocks.residual(width + skips.pop(), widths[level], size, attention=attention))
+                self.takes_skip.append(True)
+                width = widths[level]
 
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
@@ -229,12 +237,44 @@ class UNet(nn.Module):
         return F.silu(self.linear1(F.silu(self.linear0(emb + label_emb))))
 
 
-def _num_heads(channels: int, head_channels: int | None, num_heads: int) -> int:
-    """Heads of an attention over so many channels."""
-    heads = num_heads if head_channels is None else channels // head_channels
-    if heads < 1 or channels % heads or (head_channels is not None and channels % head_channels):
-        what = f"{num_heads} heads" if head_channels is None else f"heads of {head_channels}"
-        raise ValueError(
-            f"{channels} channels do not divide into {what}; change network.head_channels or network.num_heads"
+@dataclass(frozen=True)
+class _Blocks:
+    """Makes the blocks of one network; arguments as of `UNet`."""
+
+    style: BlockStyle
+    attention_resolutions: tuple[int, ...]
+    head_channels: int | None
+    num_heads: int
+    dropout: float
+    dropout_max_resolution: int | None
+    filter_taps: tuple[int, ...]
+    strided: bool
+
+    def residual(
+        self, in_channels: int, out_channels: int, size: int, *, attention: bool, resample: Resample | None = None
+    ) -> ResidualBlock:
+        """A residual block whose output has this size."""
+        active = self.dropout_max_resolution is None or size <= self.dropout_max_resolution
+        return ResidualBlock(
+            in_channels,
+            out_channels,
+            self.style,
+            resample=resample,
+            dropout=self.dropout if active else 0.0,
+            num_heads=self._heads(out_channels) if attention else 0,
         )
-    return heads
+
+    def resample(self, width: int, size: int, *, up: bool) -> nn.Module:
+        """What halves or doubles the images to this size."""
+        if self.strided:
+            return ConvResample(width, up=up)
+        return self.residual(width, width, size, attention=False, resample=Resample(self.filter_taps, up=up))
+
+    def _heads(self, channels: int) -> int:
+        heads = self.num_heads if self.head_channels is None else channels // self.head_channels
+        if heads < 1 or channels % heads or (self.head_channels is not None and channels % self.head_channels):
+            what = f"{self.num_heads} heads" if self.head_channels is None else f"heads of {self.head_channels}"
+            raise ValueError(
+                f"{channels} channels do not divide into {what}; change network.head_channels or network.num_heads"
+            )
+        return heads

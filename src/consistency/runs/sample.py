@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from consistency.checkpoints.io import load_model
 from consistency.data.files import save_grid, save_npz, save_pngs
-from consistency.ops import derive_seed, randn_of_seeds, to_uint8
+from consistency.ops import derive_seed, image_seeds, randn_of_seeds, to_uint8
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def sample_images(
     state = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     batches = []
     for indices in torch.arange(num_samples).split(batch_size):
-        randn_like = randn_of_seeds([derive_seed("image", seed, int(i)) for i in indices], denoiser.image_shape)
+        randn_like = randn_of_seeds(image_seeds(seed, indices.tolist()), denoiser.image_shape)
         batch_labels = None if all_labels is None else all_labels[indices].to(device)
         batches.append(to_uint8(sampler(denoiser, randn_like(state), batch_labels, randn_like)).cpu())
     return torch.cat(batches), all_labels

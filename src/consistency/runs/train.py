@@ -64,7 +64,7 @@ def train(cfg: DictConfig) -> float | None:
     method = instantiate(cfg.method, _convert_="object")
     if cfg.init_from and checkpoint is None:
         _start_from(method, cfg.init_from)
-    _check_fits(method.denoiser, data)
+    _check_fits(method.denoiser, data, cfg.noise.sigma_data)
     warn_about_sigma_data(data.sigma_data(), method.denoiser.sigma_data)
     callbacks = [StepSeeds(cfg.seed), EndOfRun(cfg.trainer.max_steps), *_parts(cfg.callbacks)]
     trainer = _trainer(cfg, callbacks, _loggers(cfg, run_dir), run_dir)
@@ -137,7 +137,7 @@ def _trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run_dir:
     return trainer
 
 
-def _check_fits(denoiser: Denoiser, data: ImageDataModule) -> None:
+def _check_fits(denoiser: Denoiser, data: ImageDataModule, sigma_data: float) -> None:
     """Refuse a network (of a teacher, say) that was made for other images: convolutions would run all the same."""
     if denoiser.image_shape != data.image_shape:
         raise ValueError(
@@ -148,6 +148,11 @@ def _check_fits(denoiser: Denoiser, data: ImageDataModule) -> None:
         raise ValueError(
             f"the network has {denoiser.num_classes} classes, the data set {data.num_classes}; "
             "change network.num_classes (0 for unconditional), or teacher"
+        )
+    if denoiser.sigma_data != sigma_data:
+        raise ValueError(
+            f"the teacher was trained with sigma_data {denoiser.sigma_data:g}, noise.sigma_data is {sigma_data:g}; "
+            "change teacher, or noise.sigma_data to the teacher's"
         )
 
 
@@ -193,8 +198,8 @@ def _export(method: Any, callbacks: list[Any], run_dir: Path, cfg: DictConfig) -
     weights = None
     for callback in callbacks:
         if isinstance(callback, WeightEMA):
-            info["weights"] = callback.name()
-            weights = callback.averages[callback.name()]
+            info["weights"] = callback.names[0]
+            weights = callback.averages[callback.names[0]]
             break
     save_denoiser(method.denoiser, run_dir / MODEL_FOLDER, info, weights)
 
