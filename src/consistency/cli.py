@@ -45,6 +45,44 @@ def sample(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@hydra.main(**_MAIN, config_name="prepare")
+def data(cfg: DictConfig) -> None:
+    """consistency-data: make a data set ready, and look at it."""
+
+    def job() -> None:
+        from consistency.runs.prepare import prepare
+
+        prepare(cfg)
+
+    _one_line_errors(job)
+
+
+@hydra.main(**_MAIN, config_name="convert")
+def convert(cfg: DictConfig) -> None:
+    """consistency-convert: weights of other projects in."""
+
+    def job() -> None:
+        config.validate_convert(cfg)
+        from consistency.runs.convert import convert
+
+        convert(cfg)
+
+    _one_line_errors(job)
+
+
+@hydra.main(**_MAIN, config_name="export")
+def export(cfg: DictConfig) -> None:
+    """consistency-export: a trained model out."""
+
+    def job() -> None:
+        config.validate_export(cfg)
+        from consistency.runs.convert import export
+
+        export(cfg)
+
+    _one_line_errors(job)
+
+
 def _one_line_errors(job: Any) -> Any:
     """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:

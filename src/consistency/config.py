@@ -136,6 +136,8 @@ def _validate_method(cfg: DictConfig) -> None:
     if is_edm:
         allowed = "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm"
         _require(not cfg.weighting._target_.endswith("inverse_gap"), "weighting", "inverse_gap", allowed)
+    augmented = cfg.data.get("augment") is not None
+    _require(is_edm or not augmented, "augment", "edm", "none, but with method=edm (the network is told of it)")
     if draw == "RatioPairs":
         gap = cfg.draw.q ** -(cfg.trainer.max_steps // cfg.draw.steps_per_stage + 1.0)
         allowed = "so many that the pairs of the last stage stay apart (q^-stages above 1e-6)"
@@ -147,7 +149,9 @@ def _validate_method(cfg: DictConfig) -> None:
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
         if source is not None:
-            hint = f"train one first, e.g. consistency-train experiment={Path(str(source)).name}"
+            hint = (
+                f"train it (consistency-train experiment={Path(str(source)).name}) or import one (consistency-convert)"
+            )
             allowed = f"an existing run, model folder or .ckpt file; {hint}"
             _require(Path(str(source)).exists(), option, source, allowed)
 

@@ -1,13 +1,15 @@
 from itertools import islice
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from consistency.data.datasets import ImageArray, digits
 from consistency.data.module import ImageDataModule, ShuffledBatches, warn_about_sigma_data
-from consistency.methods.progress import Progress
+from consistency.methods.progress import Progress, configure_optimizer
+from consistency.ops import derive_seed, from_uint8
 
 
 def batches(count, num_images=10, batch_size=3, **options):
@@ -158,6 +160,8 @@ def test_images_on_the_device_lie_between_minus_one_and_one():
         ({"image_size": 8}, r"\[2, 4, 4\], the configuration says \[2, 8, 8\]"),
         ({"channels": 1}, r"data\.channels"),
         ({"num_classes": 2}, r"label 2, the configuration says 2 classes; change data\.num_classes"),
+        ({"dataset": ImageArray(IMAGES, torch.arange(12) - 1), "num_classes": 20}, "label -1"),
+        ({"dataset": Plain(), "on_device": True}, r"needs a cache; set data\.dataset\.cache_dir"),
     ],
 )
 def test_data_that_is_not_what_the_configuration_says(options, words):
@@ -202,3 +206,160 @@ def test_warning_about_sigma_data(caplog, measured):
     warn_about_sigma_data(measured, 0.5)
     assert bool(caplog.records) == warned
     assert (f"Set noise.sigma_data={measured:.2f}" in caplog.text) == warned
+
+
+class Watch(L.LightningModule):
+    """Counts as the methods do, and keeps what its steps were given and where they stood."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.progress = torch.nn.Parameter(torch.zeros(())), Progress()
+        self.batches, self.positions = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append([part.clone() for part in batch])
+        self.positions.append(self.progress.images_seen + self.progress.pending)
+        self.progress.count(len(batch[0]))
+        return self.weight * 0
+
+    def configure_optimizers(self):
+        return configure_optimizer([self.weight], lambda p: torch.optim.SGD(p, lr=1.0), None, self.progress)
+
+
+def train(data, steps, *, accumulate=1, images_seen=0):
+    method = Watch()
+    method.progress.images_seen = images_seen
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=accumulate, **dict.fromkeys(quiet, False)
+    )
+    trainer.fit(method, datamodule=data)
+    return method
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 2}, {"on_device": True}, {"on_device": True, "num_workers": 1}]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_flips_belong_to_the_position_of_the_step_that_sees_them(options, accumulate):
+    """Under Lightning, whatever it or the workers fetch in advance: image for image what the position says."""
+    method = train(module(flip=True, batch_size=6, seed=5, **options), 4, accumulate=accumulate)
+    size = 6 // accumulate
+    assert method.positions == [size * i for i in range(4 * accumulate)]
+    order = flat(batches(4 * accumulate, 12, size, seed=5))
+    flips = []
+    for position, (images, labels) in zip(method.positions, method.batches, strict=True):
+        index = order[position : position + size]
+        generator = torch.Generator().manual_seed(derive_seed("flip", 5, 0, position))
+        mirrored = torch.rand(size, generator=generator) < 0.5
+        expected = [IMAGES[i].flip(-1) if flip else IMAGES[i] for i, flip in zip(index, mirrored, strict=True)]
+        assert torch.equal(images, from_uint8(torch.stack(expected)))
+        assert labels.tolist() == [i % 3 for i in index]
+        flips.append(tuple(mirrored.tolist()))
+    assert len(set(flips)) > 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_run_sees_what_the_straight_run_saw(accumulate):
+    def make():
+        return module(flip=True, augment=shift_brightness, batch_size=6)
+
+    straight = train(make(), 5, accumulate=accumulate)
+    resumed = train(make(), 3, accumulate=accumulate, images_seen=12)
+    assert resumed.positions == straight.positions[2 * accumulate :]
+    for mine, other in zip(resumed.batches, straight.batches[2 * accumulate :], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def shift_brightness(images, generator):
+    """An augmentation that says what it did."""
+    shifts = torch.rand(len(images), 9, generator=generator)
+    return images + shifts[:, :1, None, None], shifts
+
+
+MANY = ImageArray(torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).repeat(1000, 1, 1, 1), torch.arange(1000))
+
+
+def transferred(*, images_seen=0, pending=0, rank=0, seed=0, dataset=MANY, **options):
+    """All images of a set in one batch, as a step at that place gets them."""
+    channels = dataset.images.shape[1]
+    data = module(dataset, seed=seed, channels=channels, num_classes=0, **options)
+    progress = Progress()
+    progress.images_seen, progress.pending = images_seen, pending
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(progress=progress), global_rank=rank)
+    return data.on_after_batch_transfer((dataset.images, dataset.labels), 0)
+
+
+def flipped(**options):
+    images, _ = transferred(flip=True, **options)
+    return tuple((images[:, 0, 0, 0] > images[:, 0, 0, 3]).tolist())
+
+
+def test_half_of_the_images_are_mirrored_left_to_right():
+    images, labels = transferred(flip=True)
+    plain = from_uint8(MANY.images)
+    mirrored = torch.tensor(flipped())
+    assert torch.equal(images[mirrored], plain[mirrored].flip(-1))
+    assert torch.equal(images[~mirrored], plain[~mirrored])
+    assert 420 < int(mirrored.sum()) < 580  # 5 standard deviations
+    assert torch.equal(labels, MANY.labels)
+
+
+def test_flips_are_a_function_of_seed_rank_and_position():
+    places = [{}, {"images_seen": 4}, {"images_seen": 8}, {"rank": 1}, {"seed": 1}]
+    assert len({flipped(**place) for place in places}) == len(places)
+    assert flipped(images_seen=4, pending=4) == flipped(images_seen=8)
+    torch.manual_seed(1)
+    before, state = flipped(), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert flipped() == before
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_flips_nothing_is_drawn():
+    images, _ = transferred(dataset=ImageArray(IMAGES, torch.arange(12)))
+    assert torch.equal(images, from_uint8(IMAGES))
+
+
+def test_augmentation_gets_floats_and_gives_a_third_part():
+    images, labels, shifts = transferred(augment=shift_brightness)
+    assert shifts.shape == (1000, 9)
+    assert torch.equal(images, from_uint8(MANY.images) + shifts[:, :1, None, None])
+    assert torch.equal(labels, MANY.labels)
+    again, other = (transferred(augment=shift_brightness, images_seen=seen)[2] for seen in (0, 4))
+    assert torch.equal(again, shifts)
+    assert not torch.equal(other, shifts)
+    # Not the numbers of the flips, whose seed has another purpose.
+    assert (shifts[:, 0] < 0.5).tolist() != list(flipped())
+
+
+def test_on_device_the_loader_yields_indices_only():
+    data = module(on_device=True)
+    assert all(torch.equal(a, torch.tensor(b)) for a, b in zip(first_batches(data), batches(5, 12, 4), strict=True))
+    images, labels = data.on_after_batch_transfer(torch.tensor([3, 0]), 0)
+    assert torch.equal(images, from_uint8(IMAGES[[3, 0]]))
+    assert labels.tolist() == [0, 0]
+
+
+def test_prepare_data_makes_the_set():
+    calls = []
+    data = module(lambda: calls.append(1) or ImageArray(IMAGES, torch.arange(12) % 3))
+    data.prepare_data()
+    data.setup("fit")
+    assert calls == [1]
+
+
+def test_sigma_data_of_a_set_that_is_decoded_looks_at_fewer_images():
+    read = []
+
+    class Slow(Plain):
+        def __len__(self):
+            return 5000
+
+        def __getitem__(self, index):
+            read.append(index)
+            return IMAGES[index % 12], 0
+
+    module(Slow()).sigma_data()
+    assert len(set(read)) == 1000

@@ -1,41 +1,28 @@
-"""Data sets: uint8 images [C, H, W] with a label. A batch of indices is read in one call."""
+"""The data sets: each a source and its cache. Without a cache (`cache_dir` None), images are decoded on the fly.
+
+Arguments that all sets share:
+
+    image_size: height and width
+    channels: 1 (grey) or 3 (colour); images of the other kind are converted
+    crop: how images get to that size: `cropping.adm`, `edm`, or `exact`, which only checks
+    cache_dir: of all caches; None decodes on the fly, for sets that are larger than the disk
+    limit: so many images only, evenly spread over the set
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
+from consistency.data.arrays import DecodedImages, ImageArray
+from consistency.data.cache import cached
+from consistency.data.cropping import Crop, adm, exact
+from consistency.data.downloads import Cifar10, HuggingFace
+from consistency.data.downloads import flowers102 as _flowers102
+from consistency.data.sources import Files, Lmdb, Source, Zip
 
-@dataclass(frozen=True)
-class ImageArray(Dataset[tuple[Tensor, Tensor]]):
-    """Images held in memory.
-
-    Args:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}")
-        if len(self.images) == 0 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"got {len(self.images)} images and {len(self.labels)} labels; need as many, at least one")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """The batch (uint8 [B, C, H, W], int64 [B]); PyTorch's loader calls this instead of collating B items."""
-        return self.images[indices], self.labels[indices]
+Images = ImageArray | DecodedImages
 
 
 def digits(limit: int | None = None) -> ImageArray:
@@ -49,4 +36,100 @@ def digits(limit: int | None = None) -> ImageArray:
 
     bunch = load_digits()
     images = np.rint(bunch.images[:, None] * (255 / 16)).astype(np.uint8)
-    return ImageArray(torch.from_numpy(images)[:limit], torch.from_numpy(bunch.target.astype(np.int64))[:limit])
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    return ImageArray(torch.from_numpy(images)[:limit], labels[:limit], tuple("0123456789"))
+
+
+def cifar10(
+    root: str | Path,
+    *,
+    train: bool = True,
+    image_size: int = 32,
+    channels: int = 3,
+    crop: Crop = exact,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """CIFAR-10: 50,000 (`train`) or 10,000 colour images 32x32, 10 classes; downloaded to `root` if it is not there."""
+    return _images(Cifar10(root, train=train), image_size, channels, crop, cache_dir, limit)
+
+
+def flowers102(
+    root: str | Path,
+    *,
+    image_size: int = 64,
+    channels: int = 3,
+    crop: Crop = adm,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """flowers-102: all 8,189 images, 102 classes; downloaded to `root` if it is not there."""
+    return _images(_flowers102(root), image_size, channels, crop, cache_dir, limit)
+
+
+def image_folder(
+    path: str | Path,
+    *,
+    image_size: int,
+    channels: int = 3,
+    crop: Crop = adm,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """A folder of images; its sub-folders, sorted by name, are the classes. ImageNet is one."""
+    return _images(Files(path), image_size, channels, crop, cache_dir, limit)
+
+
+def image_zip(
+    path: str | Path,
+    *,
+    image_size: int,
+    channels: int = 3,
+    crop: Crop = exact,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """A zip of images with an optional `dataset.json` of labels, as EDM's dataset tool writes."""
+    return _images(Zip(path), image_size, channels, crop, cache_dir, limit)
+
+
+def lsun(
+    path: str | Path,
+    *,
+    image_size: int = 256,
+    channels: int = 3,
+    crop: Crop = adm,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """A category of LSUN, without labels: the LMDB as it comes, or a folder of its images at any depth."""
+    source = Lmdb(path) if Path(path, "data.mdb").exists() else Files(path, labelled=False)
+    return _images(source, image_size, channels, crop, cache_dir, limit)
+
+
+def hugging_face(
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int,
+    channels: int = 3,
+    crop: Crop = adm,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """A set of Hugging Face's hub, or a folder that `datasets` reads; columns are found by their type."""
+    columns = {"image_column": image_column, "label_column": label_column}
+    source = HuggingFace(name, split=split, config=config, **columns)
+    return _images(source, image_size, channels, crop, cache_dir, limit)
+
+
+def _images(
+    source: Source, image_size: int, channels: int, crop: Crop, cache_dir: str | Path | None, limit: int | None
+) -> Images:
+    settings = {"image_size": image_size, "channels": channels, "crop": crop, "limit": limit}
+    if cache_dir is None:
+        return DecodedImages(source, **settings)  # type: ignore[arg-type]
+    return cached(source, cache_dir=cache_dir, **settings)  # type: ignore[arg-type]

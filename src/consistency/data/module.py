@@ -8,8 +8,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from consistency.data.arrays import histogram, mean_and_std
 from consistency.ops import derive_seed, from_uint8
 
 log = logging.getLogger(__name__)
@@ -47,19 +49,36 @@ class ShuffledBatches(Sampler[list[int]]):
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         position = self.start() + self.rank * self.batch_size
         while True:
-            batch = []
-            for p in range(position, position + self.batch_size):
-                if p // self.num_images != epoch:
-                    epoch = p // self.num_images
+            batch: list[int] = []
+            while len(batch) < self.batch_size:
+                if (position + len(batch)) // self.num_images != epoch:
+                    epoch = (position + len(batch)) // self.num_images
                     generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
                     order = torch.randperm(self.num_images, generator=generator)
-                batch.append(int(order[p % self.num_images]))
+                begin = position + len(batch) - epoch * self.num_images
+                batch += order[begin : begin + self.batch_size - len(batch)].tolist()  # up to the end of the epoch
             yield batch
             position += self.batch_size * self.world_size
 
 
+class _Indices(Dataset[int]):
+    """0 .. N - 1, a batch at a time: what the loader yields when the images are on the device already."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return torch.tensor(indices)
+
+
 class ImageDataModule(L.LightningDataModule):
     """Batches (float32 [B, C, H, W] in [-1, 1], int64 [B]) of a data set, endlessly.
+
+    Flips, conversion and augmentation happen on the device, and are a function of (seed, rank, images seen): a resumed
+    run sees what the straight run would have seen.
 
     Args:
         dataset: Items (uint8 [C, H, W], label), or a function that makes the data set (configuration then costs
@@ -69,10 +88,15 @@ class ImageDataModule(L.LightningDataModule):
         image_size: Checked against the data.
         channels: Checked against the data.
         num_classes: Checked against the labels.
-        num_workers: Loader processes; 0 is right for data in memory.
+        num_workers: Loader processes; 0 is right for data in memory or in a cache.
+        flip: Mirror each image left to right with probability 1/2.
+        augment: `(images [B, C, H, W] in [-1, 1], CPU generator) -> (images, augmentation labels [B, 9])`. Batches are
+            then triples (images, labels, augmentation labels). `NonLeakyAugment` flips by itself.
+        on_device: Keep all images on the device, and have the loader send indices only; for sets that fit there.
 
     Raises:
-        ValueError: if the data does not have the stated size, channels or labels, or the batch does not divide.
+        ValueError: if the data does not have the stated size, channels or labels, the batch does not divide, or the
+            data cannot be kept on the device.
     """
 
     def __init__(
@@ -85,6 +109,9 @@ class ImageDataModule(L.LightningDataModule):
         channels: int,
         num_classes: int = 0,
         num_workers: int = 0,
+        flip: bool = False,
+        augment: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -92,7 +119,9 @@ class ImageDataModule(L.LightningDataModule):
         self._source = dataset
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.image_shape, self.num_classes = (channels, image_size, image_size), num_classes
+        self.flip, self.augment, self.on_device = flip, augment, on_device
         self._dataset: Any = None
+        self._resident: tuple[Tensor, Tensor] | None = None  # on the device
 
     @property
     def dataset(self) -> Any:
@@ -100,6 +129,10 @@ class ImageDataModule(L.LightningDataModule):
         if self._dataset is None:
             self._dataset = self._source if isinstance(self._source, Dataset) else self._source()
         return self._dataset
+
+    def prepare_data(self) -> None:
+        """Make the data set on one process of each machine, so that its cache is there for the others."""
+        _ = self.dataset
 
     def setup(self, stage: str) -> None:
         """Check the data against what the configuration says of it."""
@@ -110,18 +143,27 @@ class ImageDataModule(L.LightningDataModule):
                 "change data.channels or data.image_size"
             )
         labels = getattr(self.dataset, "labels", None)
-        if self.num_classes and labels is not None and int(labels.max()) >= self.num_classes:
-            raise ValueError(
-                f"the data set has a label {int(labels.max())}, the configuration says {self.num_classes} classes; "
-                "change data.num_classes"
-            )
+        if self.num_classes and labels is not None:
+            outside = [label for label in (int(labels.min()), int(labels.max())) if not 0 <= label < self.num_classes]
+            if outside:
+                raise ValueError(
+                    f"the data set has a label {outside[0]}, the configuration says {self.num_classes} classes; "
+                    "change data.num_classes"
+                )
+        if self.on_device and not isinstance(getattr(self.dataset, "images", None), Tensor):
+            raise ValueError("data.on_device=true needs a cache; set data.dataset.cache_dir, or data.on_device=false")
 
-    def sigma_data(self, max_images: int = 10_000) -> float:
-        """Standard deviation of the pixels in [-1, 1] around their channel mean, over at most `max_images` images."""
-        count = min(len(self.dataset), max_images)
-        index = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        images = from_uint8(self._fetch(index)[0])
-        return images.transpose(0, 1).flatten(1).var(dim=1, correction=0).mean().sqrt().item()
+    def sigma_data(self, max_images: int | None = None) -> float:
+        """Standard deviation of the pixels in [-1, 1] around their channel mean, over at most `max_images` images.
+
+        By default 10,000, or 1,000 of a set that is decoded on the fly (a start should not take a minute).
+        """
+        if max_images is None:
+            max_images = 10_000 if hasattr(self.dataset, "__getitems__") else 1_000
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))[:max_images]
+        parts = order.sort().values.split(512)  # in the order of the file
+        _, std = mean_and_std(histogram(self._fetch(part.tolist())[0]) for part in parts)
+        return 2 * (sum(value**2 for value in std) / len(std)) ** 0.5
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The endless loader of this rank, from where the run stands."""
@@ -142,17 +184,50 @@ class ImageDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+        dataset = _Indices(len(self.dataset)) if self.on_device else self.dataset
         return DataLoader(
-            self.dataset,
+            dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
-            collate_fn=_already_a_batch if hasattr(self.dataset, "__getitems__") else default_collate,
+            collate_fn=_already_a_batch if hasattr(dataset, "__getitems__") else default_collate,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """uint8 -> [-1, 1], on the device."""
-        images, labels = batch
-        return from_uint8(images), labels
+        """Gather (`on_device`), flip, uint8 -> [-1, 1], augment; on the device.
+
+        Lightning calls this right before the step of the same batch, so the counters of the run say where it stands;
+        batches that workers have prepared in advance come by here in their turn.
+        """
+        images, labels = self._gather(batch) if self.on_device else batch
+        if self.flip:
+            mirrored = torch.rand(len(images), generator=self._generator("flip")) < 0.5
+            images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
+        images = from_uint8(images)
+        if self.augment is None:
+            return images, labels
+        images, augment_labels = self.augment(images, self._generator("augment"))
+        return images, labels, augment_labels
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Randomness of this rank at this place of the run; on the CPU, so that every device gets the same."""
+        trainer = self.trainer
+        assert trainer is not None
+        progress: Any = trainer.lightning_module.progress
+        position = progress.images_seen + progress.pending
+        return torch.Generator().manual_seed(derive_seed(purpose, self.seed, trainer.global_rank, position))
+
+    def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if self._resident is None or self._resident[0].device != indices.device:
+            try:
+                self._resident = self.dataset.images.to(indices.device), self.dataset.labels.to(indices.device)
+            except torch.OutOfMemoryError as error:
+                size = self.dataset.images.nbytes / 1e9
+                raise ValueError(
+                    f"the images ({size:.1f} GB) do not fit on the device; set data.on_device=false"
+                ) from error
+        images, labels = self._resident
+        return images[indices], labels[indices]
 
     def _fetch(self, indices: list[int]) -> Any:
         if hasattr(self.dataset, "__getitems__"):

@@ -1,0 +1,226 @@
+"""Sources that a library downloads: CIFAR-10 and flowers-102 through torchvision, Hugging Face's through `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from consistency.data.sources import Files
+
+
+class Cifar10:
+    """CIFAR-10's 50,000 training images (or 10,000 test images). Read only when something asks for an image.
+
+    Args:
+        root: Folder of `cifar-10-python.tar.gz` or of what is in it; where it is downloaded to if it is not there.
+        train: The training images; False for the test images.
+
+    Raises:
+        ValueError: if the archive is neither there nor to be had, on first use.
+    """
+
+    name = "cifar10"
+
+    def __init__(self, root: str | Path, *, train: bool = True) -> None:
+        self.root, self.train = Path(root), train
+
+    @cached_property
+    def _set(self) -> Any:
+        from torchvision.datasets import CIFAR10
+
+        return _downloaded(
+            lambda: CIFAR10(str(self.root), train=self.train, download=True),
+            f"CIFAR-10 is not in {self.root}",
+            "put cifar-10-python.tar.gz there, or change data.dataset.root",
+        )
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """airplane, ..., truck."""
+        return self._set.classes
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """One an image."""
+        return self._set.targets
+
+    def __len__(self) -> int:
+        return 50_000 if self.train else 10_000
+
+    def open(self, index: int) -> Image.Image:
+        """The image."""
+        return Image.fromarray(self._set.data[index])
+
+    def describe(self, index: int) -> str:
+        """Its number."""
+        return f"{self.root}: image {index}"
+
+    def fingerprint(self) -> str:
+        """The checksum of the archive, which torchvision verifies."""
+        return f"md5 c58f30108f718f92721af3b95e74349a, {'train' if self.train else 'test'}"
+
+
+def flowers102(root: str | Path) -> Files:
+    """All 8,189 images of flowers-102 (training, validation and test), 102 classes, in the order of their numbers.
+
+    torchvision downloads and verifies the archives; labels are those of `imagelabels.mat`, less one.
+
+    Args:
+        root: Folder of `flowers-102/`; where it is downloaded to if it is not there.
+
+    Raises:
+        ValueError: if the set is neither there nor to be had.
+    """
+    from scipy.io import loadmat
+    from torchvision.datasets import Flowers102
+
+    verified = _downloaded(
+        lambda: Flowers102(str(root), download=True),
+        f"flowers-102 is not in {root}",
+        f"put 102flowers.tgz, imagelabels.mat and setid.mat into {root}/flowers-102, or change data.dataset.root",
+    )
+    source = Files(Path(root, "flowers-102", "jpg"))
+    source.name = "flowers102"
+    labels = loadmat(Path(root, "flowers-102", "imagelabels.mat"), squeeze_me=True)["labels"]
+    if len(labels) != len(source):
+        raise ValueError(f"{source.root} holds {len(source)} images, not {len(labels)}; unpack 102flowers.tgz anew")
+    source.labels = [int(label) - 1 for label in labels]
+    source.classes = list(getattr(verified, "classes", map(str, range(102))))
+    return source
+
+
+class HuggingFace:
+    """A set of Hugging Face's hub or of a local folder, through `datasets` (extra `hf`).
+
+    Args:
+        name: `owner/name` on the hub, or a folder: one of `save_to_disk`, or files that `load_dataset` reads.
+        split: E.g. train.
+        config: Name of a part of the set, for sets that have several.
+        image_column: Of the images; None for the only one of that type.
+        label_column: Of the labels; None for the only one with class names, or no labels where there is none.
+
+    Raises:
+        ValueError: if the package, the set, the split or a column is missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        split: str = "train",
+        config: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
+        if not name:
+            raise ValueError("data.dataset.name is not set; owner/name of a set on the hub, or a folder")
+        self.set_name, self.split = name, split
+        self.name = Path(name).name
+        self.rows = _load(name, split, config)
+        import datasets
+
+        self.image_column = image_column or self._only(datasets.Image, "image")
+        self.label_column = label_column or self._only(datasets.ClassLabel, "label", optional=True)
+        for column in filter(None, (self.image_column, self.label_column)):
+            if column not in self.rows.column_names:
+                have = ", ".join(self.rows.column_names)
+                option = "image_column" if column == self.image_column else "label_column"
+                raise ValueError(f"{name} has no column {column}, but {have}; change data.dataset.{option}")
+        if len(self.rows) == 0:
+            raise ValueError(f"{name} [{split}] holds no images; change data.dataset.split")
+
+    def _only(self, kind: type, what: str, optional: bool = False) -> str | None:
+        found = [column for column, feature in self.rows.features.items() if isinstance(feature, kind)]
+        if len(found) == 1 or (optional and not found):
+            return found[0] if found else None
+        have = ", ".join(self.rows.column_names)
+        option = f"data.dataset.{what}_column"
+        raise ValueError(f"{self.set_name} has {len(found)} {what} columns among {have}; set {option}")
+
+    @cached_property
+    def labels(self) -> Sequence[int]:
+        """One an image."""
+        if self.label_column is None:
+            return [0] * len(self.rows)
+        labels = self.rows.with_format(None)[self.label_column][:]
+        if not all(type(label) is int and label >= 0 for label in labels):
+            what = f"column {self.label_column} of {self.set_name} does not hold labels (integers from 0)"
+            raise ValueError(f"{what}; change data.dataset.label_column")
+        return labels
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """Names, or numbers where the set has no names."""
+        if self.label_column is None:
+            return []
+        feature = self.rows.features[self.label_column]
+        return getattr(feature, "names", None) or [str(label) for label in range(max(self.labels) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, index: int) -> Image.Image:
+        """The image."""
+        return self.rows[index][self.image_column]
+
+    def describe(self, index: int) -> str:
+        """Set, split and row."""
+        return f"{self.set_name} [{self.split}] row {index}"
+
+    def fingerprint(self) -> str:
+        """That of the library, and the columns."""
+        return f"{self.rows._fingerprint} {self.image_column} {self.label_column}"
+
+
+def _load(name: str, split: str, config: str | None) -> Any:
+    """The rows of a split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("Hugging Face's sets need a package: pip install 'consistency[hf]'") from error
+    saved = any(Path(name, file).exists() for file in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            rows = datasets.load_from_disk(name)
+            if isinstance(rows, datasets.DatasetDict) and split not in rows:
+                raise ValueError(f"it has {', '.join(rows)}")
+            return rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        if Path(name).exists():
+            return datasets.load_dataset(name, config, split=split)
+        with _offline_unless_reachable():
+            return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of a dozen kinds, and of three libraries
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        advice = "check data.dataset.name and split, and the network"
+        raise ValueError(f"{name} [{split}] cannot be loaded ({what}); {advice}") from error
+
+
+@contextmanager
+def _offline_unless_reachable(timeout: float = 5.0) -> Iterator[None]:
+    """Tell Hugging Face's libraries when there is no network: they then turn to their cache at once, not after 23 s."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # whatever the reason, the hub is not there
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _downloaded(make: Callable[[], Any], missing: str, advice: str) -> Any:
+    """What torchvision makes, or one line that says what is missing."""
+    try:
+        return make()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{missing} and cannot be downloaded ({str(error).splitlines()[0]}); {advice}") from error
