@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -12,10 +13,16 @@ from consistency.models.unet import UNet
 
 config.register()
 
-RECIPES = sorted(path.stem for path in (config.EXPERIMENTS_DIR / "experiment").glob("*.yaml"))
+ALL_RECIPES = sorted(path.stem for path in (config.EXPERIMENTS_DIR / "experiment").glob("*.yaml"))
+RECIPES = [name for name in ALL_RECIPES if name.startswith(("digits", "smoke"))]
+PUBLISHED = [name for name in ALL_RECIPES if name not in RECIPES]
+NETWORKS = sorted(path.stem for path in (config.CONF_DIR / "network").glob("*.yaml"))
 GROUPS = {
     group: sorted(path.stem for path in (config.CONF_DIR / group).glob("*.yaml"))
-    for group in ("metric", "weighting", "optimizer", "curriculum", "draw", "logger", "strategy", "precision", "debug")
+    for group in (
+        *("metric", "weighting", "optimizer", "curriculum", "draw", "logger", "strategy", "precision", "debug"),
+        *("network", "data"),
+    )
 }
 CHOICES = [(group, option) for group, options in GROUPS.items() for option in options]
 
@@ -57,6 +64,61 @@ def test_recipe_builds(recipe, tmp_path, teacher_folder):
     assert isinstance(method.denoiser.network, UNet)
     assert all(callback is None or instantiate(callback, _convert_="object") for callback in cfg.callbacks.values())
     assert instantiate(cfg.data, _convert_="object").batch_size == cfg.data.batch_size
+
+
+def test_recipes_of_the_papers():
+    assert set(PUBLISHED) == {
+        *(f"cifar10_{method}" for method in ("edm", "cd", "ct", "ict", "ict_deep", "ect")),
+        *(f"imagenet64_{method}" for method in ("edm", "cd", "ct", "ict", "ict_deep")),
+        *(f"lsun_{kind}_{method}" for kind in ("bedroom", "cat") for method in ("edm", "cd", "ct")),
+        "flowers64_ct",
+    }
+
+
+def on_meta(recipe):
+    """The recipe's configuration and method; networks have shapes and no memory."""
+    cfg = composed(f"experiment={recipe}")
+    if cfg.get("metric") and cfg.metric._target_.endswith("LPIPS"):
+        cfg.metric = {"_target_": "consistency.losses.metrics.l2", "_partial_": True}  # LPIPS needs a file
+    with torch.device("meta"):
+        return cfg, instantiate(cfg.method, _convert_="object")
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_recipe_builds_on_the_meta_device(recipe, monkeypatch):
+    if recipe.endswith("_cd"):
+        teacher = on_meta(recipe.replace("_cd", "_edm"))[1].denoiser
+        monkeypatch.setattr("consistency.checkpoints.io.load_denoiser", lambda source: teacher)
+    cfg, method = on_meta(recipe)
+    for option in ("teacher", "init_from"):
+        if cfg[option] is not None:
+            cfg[option] = str(config.CONF_DIR)  # one that exists
+    config.validate(cfg)
+    parameters = list(method.denoiser.parameters())
+    assert all(parameter.is_meta for parameter in parameters)
+    assert 50e6 < sum(parameter.numel() for parameter in parameters) < 600e6
+    assert method.denoiser.image_shape == (cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+    assert all(callback is None or instantiate(callback, _convert_="object") for callback in cfg.callbacks.values())
+    optimizer = method.configure_optimizers()["optimizer"]
+    assert optimizer.defaults["lr"] == cfg.optimizer.lr
+    assert instantiate(cfg.data, _convert_="object").batch_size == cfg.data.batch_size
+    for sampler in cfg.samplers.values():
+        assert callable(instantiate(sampler, _convert_="object"))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_network_trains_at_reduced_width(network, fit):
+    cfg = composed("method=edm", f"network={network}", "optimizer=adam")
+    small = {"channels": 32, "num_blocks": 1, "image_size": 32, "in_channels": 3, "num_classes": 4}
+    heads = {"head_channels": 16} if cfg.network.head_channels else {}
+    cfg.method.denoiser.network = {**cfg.network, **small, **heads, "attention_resolutions": [8]}
+    method = instantiate(cfg.method, _convert_="object")
+    with torch.no_grad():  # fresh last layers are zero, and hide what lies before them from the gradient
+        for parameter in method.denoiser.parameters():
+            parameter.normal_(std=0.05)
+    before = {name: value.detach().clone() for name, value in method.denoiser.named_parameters()}
+    fit(method, batch_size=4, labels=torch.tensor([0, 1, 2, 3]))
+    assert [name for name, value in method.denoiser.named_parameters() if torch.equal(value, before[name])] == []
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES)
@@ -119,7 +181,9 @@ def test_sampler_instantiates(sampler):
         (["data.batch_size=oops"], ["data.batch_size", "oops", "integer"]),
         (["method=cd"], ["teacher", "None", "method=edm"]),
         (["method=ect", "draw.q=256", "draw.steps_per_stage=100"], ["draw.steps_per_stage", "100"]),
-        (["init_from=nowhere/run"], ["init_from", "nowhere/run", "existing run"]),
+        (["init_from=nowhere/run"], ["init_from", "nowhere/run", "existing run", "consistency-convert"]),
+        (["init_from=outputs/nothing"], ["init_from", "outputs/nothing", "experiment=nothing"]),
+        (["augment=edm"], ["augment", "edm", "method=edm"]),
     ],
 )
 def test_impossible_configuration_is_one_clear_line(overrides, words):

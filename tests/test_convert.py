@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from consistency import config
 from consistency.checkpoints.io import load_denoiser, load_model
 from consistency.ops import append_dims
 from consistency.runs.convert import convert, export
+from consistency.runs.sample import sample
+from consistency.runs.train import train
 
 DATA = Path(__file__).parent / "data"
 config.register()
@@ -146,3 +150,70 @@ def test_nothing_is_overwritten(openai_file, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         run("convert", format="openai", source=source, out=tmp_path / "out", head_channels=16)
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+class TestUse:
+    """An imported model in every place that takes one."""
+
+    @pytest.fixture(scope="class")
+    def user(self, tmp_path_factory):
+        """A folder of images in ten classes."""
+        folder = tmp_path_factory.mktemp("user")
+        rng = np.random.default_rng(0)
+        for label in range(10):
+            (folder / "images" / f"class{label}").mkdir(parents=True)
+            for index in range(2):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / f"class{label}" / f"{index}.png")
+        return folder
+
+    def train(self, user, name, *overrides):
+        data = [
+            "data=folder",
+            f"data.dataset.path={user / 'images'}",
+            f"paths.cache_dir={user / 'cache'}",
+            *("data.image_size=16", "data.num_classes=10", "data.batch_size=4", "trainer.max_steps=2"),
+            *(f"paths.output_dir={user / name}", f"run_name={name}", "callbacks.sample_grid.num_samples=4"),
+        ]
+        with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+            cfg = compose("train", overrides=[*data, *overrides])
+        config.validate(cfg)
+        train(cfg)
+        return user / name
+
+    # The settings of the golden network; a user reads them off the message when they differ.
+    NETWORK = (
+        *("network=adm_imagenet64", "network.channels=32", "network.channel_mult=[1,2]", "network.num_blocks=1"),
+        *("network.attention_resolutions=[8]", "network.head_channels=16", "network.norm_groups=32"),
+        *("noise.noise_scale=250", "optimizer.lr=1e-9"),
+    )
+
+    @pytest.fixture(scope="class")
+    def teacher(self, user):
+        how = json.loads((DATA / "openai_unet_class_cond.json").read_text())["parameters"]
+        torch.save({name: torch.randn(shape) * 0.05 for name, shape in how.items()}, user / "edm.pt")
+        return run("convert", format="openai", source=user / "edm.pt", out=user / "teacher", head_channels=16)
+
+    def test_as_a_teacher(self, user, teacher):
+        folder = self.train(user, "cd", "method=cd", f"teacher={teacher}", "optimizer.lr=1e-9")
+        student, imported = load_denoiser(folder, "raw"), load_denoiser(teacher)
+        assert student.noise_scale == 250
+        torch.testing.assert_close(student.network.state_dict(), imported.network.state_dict(), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("method", ["edm", "ct", "ict", "ect"])
+    def test_as_the_start_of(self, user, teacher, method):
+        folder = self.train(user, method, f"method={method}", f"init_from={teacher}", *self.NETWORK)
+        tuned, imported = load_denoiser(folder, "raw"), load_denoiser(teacher)
+        torch.testing.assert_close(tuned.network.state_dict(), imported.network.state_dict(), rtol=0, atol=1e-5)
+
+    def test_start_with_other_settings_names_them(self, user, teacher):
+        with pytest.raises(ValueError, match=r"noise_scale is 0\.25 here, 250\.0 there"):
+            self.train(user, "other", "method=ct", f"init_from={teacher}", *self.NETWORK, "noise.noise_scale=0.25")
+
+    def test_for_sampling(self, user, teacher):
+        trained = self.train(user, "ict_again", "method=ict", *self.NETWORK)
+        for sampler, ckpt in (("heun", teacher), ("onestep", trained)):
+            with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+                overrides = [f"ckpt={ckpt}", f"out={user / sampler}.png", "num_samples=4", f"sampler={sampler}"]
+                cfg = compose("sample", overrides=overrides)
+            assert sample(cfg).exists()
