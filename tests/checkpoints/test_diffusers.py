@@ -74,7 +74,9 @@ def test_pipeline_draws_our_images(make, tmp_path, options, mid_sigmas):
     assert float(ours.std()) > 0.01
 
 
-@pytest.mark.parametrize("options", [{}, {"num_classes": 5, "scale_shift": True}, {"conv_resample": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_classes": 5, "scale_shift": True}, {"conv_resample": True}, {"num_classes": 128}]
+)
 def test_comes_back_as_it_went(make, tmp_path, options):
     pytest.importorskip("diffusers")
     denoiser = make(**options)
@@ -128,6 +130,8 @@ class TestReading:
             ({"down_block_types": ["SkipDownBlock2D"] * 3}, "SkipDownBlock2D"),
             ({"downsample_type": "conv"}, "resamples in two ways"),
             ({"out_channels": 6}, "as many channels"),
+            ({"attn_norm_num_groups": 16}, "attn_norm_num_groups is 16"),
+            ({"layers_per_block": [1, 2]}, "not a network of a diffusers pipeline: TypeError"),
             ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
         ],
     )

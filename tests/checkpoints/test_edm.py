@@ -73,11 +73,32 @@ def test_augmentation_labels_are_kept(imported):
     assert error(network, tensors) < 2e-5  # none given: as if it were not there
 
 
-def test_filter_is_read_off_the_file(imported):
-    taps = torch.tensor([1.0, 2.0, 2.0, 1.0])
-    kernel = torch.outer(taps, taps)[None, None] / 36
+@pytest.mark.parametrize("taps", [[1, 1], [1, 2, 2, 1], [2, 3, 3, 2], [-1, 5, 5, -1], [1, 0, 0, 1]])
+def test_filter_is_read_off_the_file(imported, taps):
+    kernel = torch.outer(torch.tensor(taps) / sum(taps), torch.tensor(taps) / sum(taps))[None, None]
     network, _ = imported("edm_ddpmpp", lambda state: state | {"model.enc.8x8_down.conv0.resample_filter": kernel})
-    assert network.config["resample_filter"] == [1, 2, 2, 1]
+    assert torch.allclose(network.decoder[2].resample.kernel, kernel * 4, atol=1e-6)
+    assert network.config["resample_filter"] == taps or taps == [2, 3, 3, 2]
+
+
+def test_square_label_layer_is_not_turned(imported):
+    weight = torch.randn(16, 16)  # 16 classes, 16 channels
+    change = {"model.map_label.weight": weight, "model.map_label.bias": torch.zeros(16)}
+    network, _ = imported("edm_ddpmpp", lambda state: state | change)
+    assert torch.equal(network.embed_label.weight, weight)
+
+
+def test_state_dict_in_the_old_format_of_torch(published, tmp_path):
+    state, tensors, _ = published("edm_ddpmpp")
+    torch.save(state, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
+    assert error(read_edm(tmp_path / "file.pt")[0].eval(), tensors) < 2e-5
+
+
+def test_heads_that_contradict_the_file_are_refused():
+    with pytest.raises(ValueError, match=r"head_channels is 32; .* says 64; leave head_channels=null"):
+        read_edm(Path(__file__).parents[1] / "data/edm_adm_class_cond.pkl", head_channels=32)
+    with pytest.raises(ValueError, match="head_channels is 32"):
+        read_edm(Path(__file__).parents[1] / "data/edm_ddpmpp.pkl", head_channels=32)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +107,8 @@ def test_filter_is_read_off_the_file(imported):
         (lambda state: {"a": torch.zeros(1)}, "not a network of NVlabs' layout"),
         (lambda state: state | {"model.enc.8x8_aux_skip.weight": torch.zeros(1)}, "type 'skip'"),
         (lambda state: state | {"model.other": torch.zeros(1)}, "nothing takes other"),
+        (lambda state: state | {"model.dec.8x8_aux_norm.weight": torch.zeros(1)}, "type 'skip'"),
+        (lambda state: {k: v for k, v in state.items() if "block0.affine" not in k}, "NVlabs' layout: KeyError"),
     ],
 )
 def test_refuses_other_networks(imported, change, words):

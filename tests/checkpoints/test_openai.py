@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from consistency.checkpoints.layouts import openai_modules
 from consistency.checkpoints.openai import read_openai
 from consistency.models.denoiser import Denoiser
+from consistency.models.unet import UNet
 from consistency.ops import append_dims
 
 # What the files do not say.
@@ -67,14 +69,41 @@ def test_wrong_number_of_heads_is_far_off(imported):
     assert error(network, tensors) > 0.01
 
 
-def test_reads_half_precision_and_flat_attention_weights(imported):
-    def change(state):
-        flat = {k: v.squeeze(-1) for k, v in state.items() if "qkv.weight" in k or "proj_out.weight" in k}
-        return {key: value.half() for key, value in (state | flat).items()}
-
-    network, tensors = imported("openai_unet_class_cond", change)
+def test_reads_half_precision(imported):
+    network, tensors = imported("openai_unet_class_cond", lambda state: {k: v.half() for k, v in state.items()})
     assert network.stem.weight.dtype == torch.float32
     assert error(network, tensors) < 0.02
+
+
+def state_of(network):
+    """The state dict that OpenAI's code would have for one of our networks."""
+    modules = openai_modules(network)
+    state = {f"{modules[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in network.state_dict().items()}
+    return state | ({"label_emb.weight": state["label_emb.weight"].T} if network.num_classes else {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 128},  # a label table that is square
+        {"channel_mult": [2, 2]},
+        {"channels": 64, "channel_mult": [1, 1.5]},
+        {"emb_channel_mult": 2},
+        {"channel_mult": [1], "attention_resolutions": []},
+        {"channels": 128, "num_blocks": 1, "norm_groups": None},
+    ],
+)
+def test_settings_are_read_off_names_and_shapes(tmp_path, options):
+    small = {"image_size": 16, "in_channels": 3, "channels": 32, "channel_mult": [1, 2], "num_blocks": 2}
+    fixed = {"attention_resolutions": [8], "head_channels": 16, "skip_scale": 1.0, "norm_eps": 1e-5, "adm": True}
+    network = UNet(**{**small, **fixed, "norm_groups": 32, **options})
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+    torch.save(state_of(network), tmp_path / "file.pt")
+    again = read_openai(tmp_path / "file.pt", image_size=16, head_channels=16)
+    assert again.config == network.config
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items())
 
 
 def test_image_size_defaults_to_that_of_the_published_networks(imported):
@@ -99,6 +128,15 @@ def test_image_size_defaults_to_that_of_the_published_networks(imported):
         (lambda state: state | {"out.2.weight": torch.zeros(6, 32, 3, 3)}, "predicts 6 channels from 3"),
         (lambda state: state | {"time_embed.2.bias": torch.zeros(7)}, r"time_embed.2.bias is \[7\], .* needs \[128\]"),
         (lambda state: {"model": state}, "not a state dict"),
+        # guided-diffusion's attention is one-dimensional, and its rows are in another order.
+        (
+            lambda state: state | {k: v.squeeze(-1) for k, v in state.items() if k.endswith("qkv.weight")},
+            "of three dimensions, as guided-diffusion",
+        ),
+        (
+            lambda state: state | {"time_embed.0.weight": torch.zeros(())},
+            "not a network of OpenAI's layout: IndexError",
+        ),
     ],
 )
 def test_refuses_other_files(imported, change, words):
@@ -113,7 +151,7 @@ def test_file_that_runs_something_is_refused_and_does_nothing(tmp_path):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
     torch.save({"a": Evil()}, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"more than tensors.*exec") as caught:
+    with pytest.raises(ValueError, match=r"asks for exec") as caught:
         read_openai(tmp_path / "file.pt")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()

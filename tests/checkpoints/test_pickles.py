@@ -52,6 +52,7 @@ def test_embedded_source_is_carried_but_not_run():
         (os.system, ("touch ran",), "posix.system"),
         (eval, ("open('ran', 'w')",), "builtins.eval"),
         (getattr, ("", "join"), "builtins.getattr"),
+        (compile, ("1", "", "eval"), "builtins.compile"),
         (torch.load, ("x",), "torch.serialization.load"),
     ],
 )
@@ -91,6 +92,46 @@ def test_damaged_file_is_one_line(tmp_path, share):
     with pytest.raises(ValueError, match=r"file\.pkl is not a readable pickle") as caught:
         read_pickle(written(tmp_path, whole[: int(len(whole) * share)]))
     assert "\n" not in str(caught.value)
+
+
+def test_bound_methods_of_ect_are_carried_and_do_nothing(tmp_path):
+    # Its loss keeps `self.t_to_r = self.t_to_r_sigmoid`: the pickle asks for getattr of one of its own objects.
+    module = b"ctorch.nn.modules.container\nModuleDict\n)\x81"
+    stream = b"\x80\x04" + b"cbuiltins\ngetattr\n" + module + b"X\x04\x00\x00\x00evil\x86R."
+    assert type(read_pickle(written(tmp_path, stream))) is Record
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_protocols(tmp_path, protocol):
+    contents = {"a": torch.arange(3), "b": {1, 2}, "c": b"\xff", "d": [1.5, None, True]}
+    file = tmp_path / "file.pkl"
+    file.write_bytes(pickle.dumps(contents, protocol=protocol))
+    found = read_pickle(file)
+    assert torch.equal(found.pop("a"), contents.pop("a"))
+    assert found == contents
+
+
+def test_modules_that_hold_each_other_end(tmp_path):
+    record = Record()
+    record.attributes = {"_modules": {"a": record, "b": Record()}, "_parameters": {"w": torch.zeros(1)}}
+    record.attributes["_modules"]["b"].attributes = {"_modules": {"up": record}, "_buffers": {"v": torch.zeros(2)}}
+    assert [name for name, _ in record.tensors()] == ["w", "b.v"]
+
+
+def test_large_memo_index_costs_nothing(tmp_path):
+    stream = b"\x80\x04N" + b"r" + (2**31 - 1).to_bytes(4, "little") + b"."
+    assert read_pickle(written(tmp_path, stream)) is None
+
+
+def test_name_cannot_break_the_line(tmp_path):
+    name = "os\nsystem\x1b[31m" + "x" * 1000
+    stream = b"\x80\x04" + b"\x8c\x01a" + b"X" + len(name).to_bytes(4, "little") + name.encode() + b"\x93."
+    with pytest.raises(ValueError) as caught:
+        read_pickle(written(tmp_path, stream))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "\x1b" not in message
+    assert len(message) < 400
 
 
 def test_tensor_larger_than_its_storage_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints.layouts import diffusers_modules, fill
+from consistency.checkpoints.layouts import described, diffusers_modules, fill, ratio
 from consistency.checkpoints.tensors import read_tensors
 from consistency.models.denoiser import Denoiser
 from consistency.models.layers import SelfAttention
@@ -55,8 +55,10 @@ def read_diffusers(source: str | Path) -> tuple[UNet, dict[str, Any]]:
     weights = next((folder / "unet" / name for name in WEIGHTS if (folder / "unet" / name).exists()), None)
     if weights is None:
         raise ValueError(f"{folder / 'unet'} has no weights; expected {' or '.join(WEIGHTS)}")
-    network = UNet(**_our_config(config, str(folder)))
-    fill(network, _stack_qkv(read_tensors(weights)), diffusers_modules(network), source=str(weights))
+    tensors = _stack_qkv(read_tensors(weights))
+    with described(folder, "a diffusers pipeline"):
+        network = UNet(**_our_config(config, str(folder)))
+        fill(network, tensors, diffusers_modules(network), source=str(weights), label_table=True)
     return network, {name: scheduler.get(name) for name in ("sigma_data", "sigma_min", "sigma_max")}
 
 
@@ -99,6 +101,9 @@ def _our_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     for key, only in _FIXED.items():
         if config.get(key, only) != only:
             raise ValueError(f"{source}: the network has {key}={config[key]}; only {key}={only} can be read")
+    middle, others = config.get("attn_norm_num_groups"), config.get("norm_num_groups", 32)
+    if middle not in (None, others):
+        raise ValueError(f"{source}: attn_norm_num_groups is {middle}; only norm_num_groups={others} can be read")
     widths, pairs = (
         config["block_out_channels"],
         list(zip(config["down_block_types"], reversed(config["up_block_types"]), strict=True)),
@@ -118,16 +123,16 @@ def _our_config(config: dict[str, Any], source: str) -> dict[str, Any]:
         "in_channels": config.get("in_channels", 3),
         "num_classes": config.get("num_class_embeds") or 0,
         "channels": channels,
-        "channel_mult": [width // channels for width in widths],
+        "channel_mult": [ratio(width, channels) for width in widths],
         "num_blocks": config.get("layers_per_block", 2),
         "attention_resolutions": [size >> level for level, kind in enumerate(kinds) if kind[0]],
         "head_channels": config.get("attention_head_dim", 8),
         "dropout": config.get("dropout", 0.0),
-        "emb_channel_mult": (config.get("time_embedding_dim") or 4 * channels) // channels,
+        "emb_channel_mult": ratio(config.get("time_embedding_dim") or 4 * channels, channels),
         "scale_shift": config.get("resnet_time_scale_shift", "default") == "scale_shift",
         "skip_scale": 1.0,
         "norm_eps": config.get("norm_eps", 1e-5),
-        "norm_groups": None if groups == 32 and channels >= 128 else groups,
+        "norm_groups": None if groups == 32 and min(widths) >= 128 else groups,
         "conv_resample": bool(between) and between == {True},
         "adm": True,
     }
@@ -170,7 +175,7 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
         "out_channels": own["in_channels"],
         "down_block_types": [down for down, _ in pairs],
         "up_block_types": [up for _, up in reversed(pairs)],
-        "block_out_channels": [mult * own["channels"] for mult in own["channel_mult"]],
+        "block_out_channels": [round(mult * own["channels"]) for mult in own["channel_mult"]],
         "layers_per_block": own["num_blocks"],
         "downsample_type": resample,
         "upsample_type": resample,
@@ -181,7 +186,11 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
         "norm_eps": own["norm_eps"],
         "resnet_time_scale_shift": "scale_shift" if own["scale_shift"] else "default",
         "num_class_embeds": own["num_classes"] or None,
-        **({"time_embedding_dim": own["emb_channel_mult"] * own["channels"]} if own["emb_channel_mult"] != 4 else {}),
+        **(
+            {"time_embedding_dim": round(own["emb_channel_mult"] * own["channels"])}
+            if own["emb_channel_mult"] != 4
+            else {}
+        ),
     }
 
 
@@ -213,7 +222,10 @@ def _split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        contents = json.loads(path.read_text())
+        if not isinstance(contents, dict):
+            raise ValueError("it is not a table of settings")
+        return contents
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is not a pipeline folder of diffusers: {path.relative_to(folder)} is missing"

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.checkpoints.layouts import edm_modules, fill, rows_from_head_dim_three
-from consistency.checkpoints.pickles import Record, read_pickle
+from consistency.checkpoints.layouts import described, edm_modules, fill, ratio, rows_from_head_dim_three
+from consistency.checkpoints.pickles import LEGACY_MAGIC, Record, read_pickle
 from consistency.checkpoints.tensors import is_zip, read_tensors
 from consistency.models.unet import UNet
 
@@ -32,16 +32,27 @@ def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[U
     Raises:
         ValueError: if the file is not such a network, or asks for anything to be run.
     """
-    tensors, said = _read(Path(source))
-    tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
-    filters = {name: tensors.pop(name) for name in list(tensors) if name.endswith("resample_filter")}
-    config = _config(tensors, str(source), filters)
-    if config["adm"]:
-        config["head_channels"] = head_channels or said.pop("head_channels", HEAD_CHANNELS)
-    config["dropout"] = said.pop("dropout", 0.0)
-    said.pop("head_channels", None)
-    network = UNet(**config)
-    fill(network, tensors, edm_modules(network), source=str(source), rows=rows_from_head_dim_three)
+    with described(source, "NVlabs' layout"):
+        tensors, said = _read(Path(source))
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+        filters = {name: tensors.pop(name) for name in list(tensors) if name.endswith("resample_filter")}
+        config = _config(tensors, str(source), filters)
+        known = said.pop("head_channels", None) if config["adm"] else "all (one head)"
+        if head_channels is not None and known not in (None, head_channels):
+            raise ValueError(f"head_channels is {head_channels}; {source} says {known}; leave head_channels=null")
+        if config["adm"]:
+            config["head_channels"] = head_channels or known or HEAD_CHANNELS
+        said.pop("head_channels", None)
+        config["dropout"] = said.pop("dropout", 0.0)
+        network = UNet(**config)
+        fill(
+            network,
+            tensors,
+            edm_modules(network),
+            source=str(source),
+            label_table=False,
+            rows=rows_from_head_dim_three,
+        )
     return network, said
 
 
@@ -50,6 +61,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix == ".safetensors" or is_zip(path):
         return read_tensors(path), {}
     contents = read_pickle(path)
+    if contents == LEGACY_MAGIC:
+        return read_tensors(path), {}
     model = contents.get("ema") if isinstance(contents, dict) else contents
     if not isinstance(model, Record):
         raise ValueError(f"{path} holds no network under 'ema'; expected a snapshot of NVlabs/edm")
@@ -62,7 +75,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "class_name": model.class_name,
         "sigma_data": float(model.attributes.get("sigma_data", 0.5)),
     }
-    blocks = [module.attributes for module in model.modules() if "num_heads" in module.attributes]
+    if model.class_name == "ECMPrecond":
+        # In eval mode ECT's models are the identity at 0.003, where its loss has the identity at 0.
+        said["boundary"] = float(model.attributes.get("sigma_min", 0.003))
+    blocks = [module.attributes for _, module in model.modules() if "num_heads" in module.attributes]
     if heads := {block["out_channels"] // block["num_heads"] for block in blocks if block["num_heads"]}:
         said["head_channels"] = min(heads)
     if blocks:
@@ -75,11 +91,12 @@ def _config(tensors: dict[str, Tensor], source: str, filters: dict[str, Tensor])
     sizes = [int(match[1]) for name in tensors if (match := re.fullmatch(r"enc\.(\d+)x\d+_conv\.weight", name))]
     if not sizes or "map_layer0.weight" not in tensors:
         raise ValueError(f"{source} is not a network of NVlabs' layout: it lacks enc.*_conv or map_layer0")
-    if skip := [name for name in tensors if re.search(r"_aux_(down|skip|up)\.", name)]:
+    inner = rf"dec\.(?!{sizes[0]}x)\d+x\d+_aux_norm\."
+    if skip := [name for name in tensors if re.search(rf"_aux_(down|skip|up)\.|{inner}", name)]:
         raise ValueError(f"{source} has {skip[0]}, of an encoder or decoder of type 'skip'; no such network here")
     size, adm = sizes[0], "out_conv.weight" in tensors
-    channels, in_channels = tensors[f"enc.{size}x{size}_conv.weight"].shape[:2]
-    embed = tensors["map_layer0.weight"]
+    stem, embed = tensors[f"enc.{size}x{size}_conv.weight"], tensors["map_layer0.weight"]
+    channels, in_channels = embed.shape[1] if adm else stem.shape[0], stem.shape[1]
     resolutions = sorted(
         {int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d+)x\d+_block0\.", name))}, reverse=True
     )
@@ -93,12 +110,12 @@ def _config(tensors: dict[str, Tensor], source: str, filters: dict[str, Tensor])
         "in_channels": in_channels,
         "num_classes": 0 if labels is None else labels.shape[1],
         "channels": channels,
-        "channel_mult": [width // channels for width in widths],
+        "channel_mult": [ratio(width, channels) for width in widths],
         "num_blocks": count,
         "attention_resolutions": [r for r in resolutions if f"enc.{r}x{r}_block0.qkv.weight" in tensors],
         "fourier_scale": 16.0 if "map_noise.freqs" in tensors else None,  # what drew the frequencies; they come along
-        "noise_channel_mult": embed.shape[1] // channels,
-        "emb_channel_mult": embed.shape[0] // channels,
+        "noise_channel_mult": ratio(embed.shape[1], channels),
+        "emb_channel_mult": ratio(embed.shape[0], channels),
         "scale_shift": affine.shape[0] == 2 * widths[0],
         "skip_scale": 1.0 if adm else 0.5**0.5,
         "resample_filter": _taps(filters) or ([1, 3, 3, 1] if pyramid else [1, 1]),
@@ -109,9 +126,11 @@ def _config(tensors: dict[str, Tensor], source: str, filters: dict[str, Tensor])
     }
 
 
-def _taps(filters: dict[str, Tensor]) -> list[int]:
-    """The integer taps of the file's resampling filters, which are outer products; empty if it holds none."""
+def _taps(filters: dict[str, Tensor]) -> list[float]:
+    """The taps of the file's resampling filters, which are outer products of sum 1; empty if it holds none."""
     if not filters:
         return []
     row = next(iter(filters.values())).double()[0, 0].sum(0)
-    return [round(value) for value in (row / row[row > 0].min()).tolist()]
+    taps = (row / row[row != 0].abs().min()).tolist()
+    whole = all(abs(tap - round(tap)) < 1e-3 for tap in taps)
+    return [round(tap) for tap in taps] if whole else row.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def load_model(source: str | Path, weights: str | None = None) -> tuple[Denoiser
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint of a run: tensors and plain containers."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocols of other people's pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged zip files and pickles fail in every way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint of this project: {reason}") from error

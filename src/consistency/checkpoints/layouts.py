@@ -5,7 +5,9 @@ One table a project; importers and the exporter read the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -157,6 +159,7 @@ def fill(
     modules: dict[str, str],
     *,
     source: str,
+    label_table: bool,
     rows: Callable[[Tensor, int], Tensor] | None = None,
 ) -> None:
     """Give the network the weights of a foreign state dict: every tensor is used, and every tensor is there.
@@ -166,6 +169,7 @@ def fill(
         tensors: Foreign name -> tensor, constants taken out.
         modules: Our module -> theirs.
         source: The file, for messages.
+        label_table: Whether labels are embedded by a table [classes, channels], the transpose of our linear layer.
         rows: `(qkv rows, heads) -> rows` in our order (three, head, dim); None where the order is ours already.
 
     Raises:
@@ -179,8 +183,8 @@ def fill(
     state = {}
     for ours, own in network.state_dict().items():
         theirs = tensors[wanted[ours]].detach().float()
-        if ours == "embed_label.weight" and theirs.shape == own.T.shape != own.shape:
-            theirs = theirs.T  # an embedding's table [classes, channels]
+        if ours == "embed_label.weight" and label_table and theirs.ndim == 2:
+            theirs = theirs.T
         is_qkv = ".attention.qkv." in ours
         if theirs.numel() != own.numel() or (theirs.ndim > 1 and theirs.shape[:2] != own.shape[:2]):
             raise ValueError(
@@ -196,8 +200,23 @@ def fill(
     network.load_state_dict(state)
 
 
+def ratio(width: int, channels: int) -> int | float:
+    """A width as a multiple of the base width, whole where it is."""
+    return width // channels if width % channels == 0 else width / channels
+
+
+@contextmanager
+def described(source: str | Path, layout: str) -> Iterator[None]:
+    """Whatever reading a foreign file stumbles over becomes one line that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ValueError(f"{source} is not a network of {layout}: {what.splitlines()[0][:160]}") from error
+
+
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:80] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def rows_from_head_dim_three(rows: Tensor, num_heads: int) -> Tensor:

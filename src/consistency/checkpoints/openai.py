@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.checkpoints.layouts import fill, openai_modules
+from consistency.checkpoints.layouts import described, fill, openai_modules, ratio
 from consistency.checkpoints.tensors import read_tensors
 from consistency.models.unet import UNet
 
@@ -35,9 +35,15 @@ def read_openai(
         ValueError: if the file is not such a state dict, or does not fit the arguments.
     """
     tensors = read_tensors(source)
-    network = UNet(**_config(tensors, str(source), image_size, head_channels, num_heads))
-    # The rows of qkv are in our order, although the class is called QKVAttentionLegacy (unet.py:397-438).
-    fill(network, tensors, openai_modules(network), source=str(source))
+    if flat := [name for name, value in tensors.items() if name.endswith(".qkv.weight") and value.ndim == 3]:
+        raise ValueError(
+            f"{source} has {flat[0]} of three dimensions, as guided-diffusion's networks, whose attention rows are in "
+            "another order; only those of openai/consistency_models can be read"
+        )
+    with described(source, "OpenAI's layout"):
+        network = UNet(**_config(tensors, str(source), image_size, head_channels, num_heads))
+        # The rows of qkv are in our order, although the class is called QKVAttentionLegacy (unet.py:397-438).
+        fill(network, tensors, openai_modules(network), source=str(source), label_table=True)
     return network
 
 
@@ -48,8 +54,8 @@ def _config(
     needed = ("input_blocks.0.0.weight", "time_embed.0.weight", "output_blocks.0.0.out_layers.3.weight", "out.2.weight")
     if lacking := [name for name in needed if name not in tensors]:
         raise ValueError(f"{source} is not a network of OpenAI's layout: it lacks {lacking[0]}")
-    stem, embed = tensors["input_blocks.0.0.weight"], tensors["time_embed.0.weight"]
-    channels, in_channels = stem.shape[:2]
+    embed = tensors["time_embed.0.weight"]
+    channels, in_channels = embed.shape[1], tensors["input_blocks.0.0.weight"].shape[1]
     if tensors["out.2.weight"].shape[0] != in_channels:
         got = tensors["out.2.weight"].shape[0]
         raise ValueError(
@@ -70,17 +76,16 @@ def _config(
         "in_channels": in_channels,
         "num_classes": len(tensors["label_emb.weight"]) if "label_emb.weight" in tensors else 0,
         "channels": channels,
-        "channel_mult": [width // channels for width in widths],
+        "channel_mult": [ratio(width, channels) for width in widths],
         "num_blocks": per_level - 1,
         "attention_resolutions": [size >> level for level in range(levels) if with_attention[level]],
         "head_channels": (head_channels or HEAD_CHANNELS) if num_heads is None else None,
-        "num_heads": num_heads or 1,
-        "noise_channel_mult": embed.shape[1] // channels,
-        "emb_channel_mult": embed.shape[0] // channels,
+        "num_heads": 1 if num_heads is None else num_heads,
+        "emb_channel_mult": ratio(embed.shape[0], channels),
         "scale_shift": affine == 2 * widths[-1],
         "skip_scale": 1.0,
         "norm_eps": 1e-5,
-        "norm_groups": None if channels >= 128 else 32,  # from 128 channels on the two rules agree
+        "norm_groups": None if min(widths) >= 128 else 32,  # from 128 channels on the two rules agree
         "conv_resample": any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in tensors),
         "adm": True,
     }

@@ -7,6 +7,7 @@ list of names, makes tensors, plain containers and inert records of them, and re
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its zip files
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its zip files
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -50,23 +51,25 @@ class Record:
         for part in parts:
             self.attributes.update(part or {})
 
-    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the parameters and buffers below a module, named as in its state dict."""
-        hidden = self.attributes.get("_non_persistent_buffers_set", ())
-        for group in ("_parameters", "_buffers"):
-            for name, value in self.attributes.get(group, {}).items():
-                if isinstance(value, Tensor) and name not in hidden:
-                    yield prefix + name, value
-        for name, module in self.attributes.get("_modules", {}).items():
-            if isinstance(module, Record):
-                yield from module.tensors(f"{prefix}{name}.")
+        for prefix, module in self.modules():
+            hidden = module.attributes.get("_non_persistent_buffers_set", ())
+            for group in ("_parameters", "_buffers"):
+                for name, value in module.attributes.get(group, {}).items():
+                    if isinstance(value, Tensor) and name not in hidden:
+                        yield prefix + name, value
 
-    def modules(self) -> Iterator[Record]:
-        """This module and all below it."""
-        yield self
-        for module in self.attributes.get("_modules", {}).values():
-            if isinstance(module, Record):
-                yield from module.modules()
+    def modules(self) -> Iterator[tuple[str, Record]]:
+        """(prefix of its names, module): this one and all below it, each once, however they are nested."""
+        waiting, seen = [("", self)], {id(self)}
+        while waiting:
+            prefix, module = waiting.pop()
+            yield prefix, module
+            for name, child in reversed(module.attributes.get("_modules", {}).items()):
+                if isinstance(child, Record) and id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append((f"{prefix}{name}.", child))
 
 
 class _PlainDict(dict[str, Any]):
@@ -96,14 +99,19 @@ class _RefusedError(Exception):
     """A name that is not on the list."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves the names of `_KNOWN` and nothing else."""
+class _Unpickler(pickle._Unpickler):
+    """Resolves the names of `_KNOWN` and nothing else.
+
+    The one written in Python: its memo is a dictionary. That of the C one is an array as long as the largest index that
+    a stream names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for `module.name`."""
         known = _KNOWN.get((module, name))
         if known is None:
-            raise _RefusedError(f"it asks for {module}.{name}, which no file of weights needs; nothing of it was run")
+            asked = f"{module}.{name}".encode("unicode_escape").decode()[:80]
+            raise _RefusedError(f"it asks for {asked}, which no file of weights needs; nothing of it was run")
         return known
 
     def persistent_load(self, pid: Any) -> Any:
@@ -122,7 +130,8 @@ class _StorageUnpickler(_Unpickler):
         """Storage types only."""
         if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
             return _STORAGES[name]
-        raise _RefusedError(f"a tensor in it asks for {module}.{name}; nothing of it was run")
+        asked = f"{module}.{name}".encode("unicode_escape").decode()[:80]
+        raise _RefusedError(f"a tensor in it asks for {asked}; nothing of it was run")
 
     def persistent_load(self, pid: Any) -> Any:
         """Note a storage; its bytes come later in the stream."""
@@ -136,7 +145,7 @@ class _StorageUnpickler(_Unpickler):
 def _load_storage(data: bytes) -> Tensor:
     """`torch.storage._load_from_bytes`, which unpickles again, done by our own unpickler: a 1-D tensor."""
     stream = io.BytesIO(data)
-    if _StorageUnpickler(stream).load() != _LEGACY_MAGIC:
+    if _StorageUnpickler(stream).load() != LEGACY_MAGIC:
         raise _RefusedError("a tensor in it is not in the old format of torch.save")
     for _ in range(2):  # protocol version, byte order
         _StorageUnpickler(stream).load()
@@ -156,6 +165,8 @@ def _load_storage(data: bytes) -> Tensor:
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    if math.prod(size) > storage.numel():
+        raise ValueError("a tensor is larger than its storage")
     return storage.as_strided(size, stride, offset).clone()
 
 
@@ -166,9 +177,25 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
 def _persistent_object(meta: dict[str, Any]) -> Record:
     """NVlabs' `_reconstruct_persistent_obj` without its source: the name and the attributes."""
     record = Record()
-    record.class_name = str(meta["class_name"])
+    record.class_name = str(meta["class_name"]).encode("unicode_escape").decode()[:80]
     record.__setstate__(meta["state"])
     return record
+
+
+def _bound_method(owner: Any, name: Any) -> Record:
+    """`getattr(record, "method")`, which ECT's snapshots keep in their loss: a record that does nothing."""
+    if not isinstance(owner, Record) or not isinstance(name, str):
+        raise _RefusedError(
+            "it asks for builtins.getattr of something else than its own objects; nothing of it was run"
+        )
+    return Record()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes in streams of protocol 2."""
+    if encoding != "latin1":
+        raise _RefusedError(f"it holds bytes as {str(encoding)[:40]}")
+    return text.encode("latin1")
 
 
 class _NumpyType(Record):
@@ -206,6 +233,9 @@ class _Call:
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _Call(_encode),
+    **{(builtins, "set"): set for builtins in ("builtins", "__builtin__")},
+    **{(builtins, "getattr"): _Call(_bound_method) for builtins in ("builtins", "__builtin__")},
     ("collections", "OrderedDict"): OrderedDict,
     ("dnnlib.util", "EasyDict"): _PlainDict,
     ("numpy", "dtype"): _Call(_numpy_dtype),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -22,13 +24,19 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
-        raise ValueError(f"{path} was not read, it is more than tensors: {asked.strip()[:200]}") from error
+        # torch's own message advises to switch its protection off.
+        asked = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+        what = f"it asks for {asked[1]}, which no file of tensors needs" if asked else "it is another kind of pickle"
+        raise ValueError(f"{path} was not read: {what}; nothing of it was run") from error
     except Exception as error:  # safetensors, zip files and pickles fail in ways of their own
-        raise ValueError(f"{path} is not a readable file of tensors: {str(error).splitlines()[0][:200]}") from error
-    if not isinstance(contents, dict) or not all(isinstance(value, Tensor) for value in contents.values()):
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(f"{path} is not a readable file of tensors: {reason}") from error
+    is_state = isinstance(contents, dict) and all(isinstance(key, str) for key in contents)
+    if not is_state or not all(isinstance(value, Tensor) for value in contents.values()):
         raise ValueError(
             f"{path} is not a state dict: it holds a {type(contents).__name__} of other things than tensors"
         )

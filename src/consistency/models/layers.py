@@ -27,8 +27,11 @@ class PositionalEmbedding(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         """[B] -> [B, channels]."""
         half = self.channels // 2
-        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32) / (half if self.adm else half - 1)
-        angles = torch.outer(c_noise.float(), (1 / 10000) ** ramp)
+        ramp = torch.arange(half, device=c_noise.device, dtype=torch.float32)
+        # Two ways to write one power, each as its weights were trained with: at 250 ln(sigma) their roundings differ by
+        # up to 1e-4 in the embedding.
+        freqs = (ramp * -math.log(10000) / half).exp() if self.adm else (1 / 10000) ** (ramp / (half - 1))
+        angles = torch.outer(c_noise.float(), freqs)
         sin, cos = angles.sin(), angles.cos()
         return torch.cat([cos, sin] if self.adm else [sin, cos], dim=1)
 
@@ -66,7 +69,7 @@ class Resample(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, filter_taps: tuple[int, ...], *, up: bool) -> None:
+    def __init__(self, filter_taps: tuple[float, ...], *, up: bool) -> None:
         super().__init__()
         taps = torch.tensor(filter_taps, dtype=torch.float32)
         kernel = torch.outer(taps, taps) / taps.sum() ** 2
@@ -90,7 +93,7 @@ class PyramidConv(nn.Module):
     resampling); the two orders differ at the borders.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, filter_taps: tuple[int, ...]) -> None:
+    def __init__(self, in_channels: int, out_channels: int, filter_taps: tuple[float, ...]) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1 + (len(filter_taps) - 1) // 2)
         self.resample = Resample(filter_taps, up=False)

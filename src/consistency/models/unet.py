@@ -34,7 +34,8 @@ class UNet(nn.Module):
         in_channels: Image channels, in and out.
         num_classes: Number of labels; 0 for an unconditional network.
         channels: Width at full size.
-        channel_mult: Width factor at each size, from full size down; its length is the number of sizes.
+        channel_mult: Width factor at each size, from full size down; its length is the number of sizes. In ADM the
+            first is also that of the stem.
         num_blocks: Residual blocks at each size.
         attention_resolutions: Image sizes (not factors) at which attention follows a block.
         head_channels: Channels per attention head; None for `num_heads` heads.
@@ -67,7 +68,7 @@ class UNet(nn.Module):
         in_channels: int,
         num_classes: int = 0,
         channels: int = 128,
-        channel_mult: Sequence[int] = (2, 2, 2),
+        channel_mult: Sequence[float] = (2, 2, 2),
         num_blocks: int = 4,
         attention_resolutions: Sequence[int] = (16,),
         head_channels: int | None = None,
@@ -75,11 +76,11 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         dropout_max_resolution: int | None = None,
         fourier_scale: float | None = None,
-        noise_channel_mult: int = 1,
-        emb_channel_mult: int = 4,
+        noise_channel_mult: float = 1,
+        emb_channel_mult: float = 4,
         scale_shift: bool = False,
         skip_scale: float = 0.5**0.5,
-        resample_filter: Sequence[int] = (1, 1),
+        resample_filter: Sequence[float] = (1, 1),
         norm_eps: float = 1e-6,
         norm_groups: int | None = None,
         input_pyramid: bool = False,
@@ -103,7 +104,7 @@ class UNet(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}; change network.dropout")
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.augment_channels, self.adm = augment_channels, adm
-        emb_channels, noise_channels = emb_channel_mult * channels, noise_channel_mult * channels
+        emb_channels, noise_channels = round(emb_channel_mult * channels), round(noise_channel_mult * channels)
         blocks = _Blocks(
             BlockStyle(
                 emb_channels,
@@ -131,8 +132,8 @@ class UNet(nn.Module):
         self.linear0 = nn.Linear(noise_channels, emb_channels)
         self.linear1 = nn.Linear(emb_channels, emb_channels)
 
-        widths = [channels * mult for mult in channel_mult]
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        widths = [round(channels * mult) for mult in channel_mult]
+        self.stem = nn.Conv2d(in_channels, widths[0] if adm else channels, 3, padding=1)
         skips = self._build_encoder(blocks, widths, num_blocks, input_pyramid)
         smallest, width = image_size >> (len(widths) - 1), skips[-1]
         self.middle = nn.ModuleList(
@@ -247,7 +248,7 @@ class _Blocks:
     num_heads: int
     dropout: float
     dropout_max_resolution: int | None
-    filter_taps: tuple[int, ...]
+    filter_taps: tuple[float, ...]
     strided: bool
 
     def residual(

@@ -36,13 +36,16 @@ def convert(cfg: DictConfig) -> Path:
     stated = {name: cfg[name] if cfg[name] is not None else said.get(name) for name in _NOISE}
     noise = {"noise_scale": noise_scale, **{name: float(value) for name, value in stated.items() if value is not None}}
     denoiser = Denoiser(network, **noise)
-    denoiser.boundary = denoiser.sigma_min if kind == "consistency" else 0.0
+    denoiser.boundary = {"consistency": denoiser.sigma_min, "edm": 0.0, "ect": said.get("boundary", 0.0)}[kind]
     info = {
         "method": {"edm": "EDM", "consistency": "consistency", "ect": "consistency"}[kind],
         "weights": "imported",
         "imported": {"format": cfg.format, "source": source.name, "sha256": _digest(source)},
     }
-    save_denoiser(denoiser, out, info)
+    try:
+        save_denoiser(denoiser, out, info)
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
     _say(denoiser, kind, out)
     return out
 
