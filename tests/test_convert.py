@@ -130,7 +130,7 @@ def test_export_to_safetensors(openai_file, tmp_path):
         ({"head_channels": 16, "num_heads": 2}, "num_heads is 2; allowed: null where head_channels"),
         ({"head_channels": 0}, "head_channels is 0"),
         ({"noise_scale": -1}, "noise_scale is -1; allowed: a positive number"),
-        ({"head_channels": 24}, "do not divide into heads of 24"),
+        ({"head_channels": 24}, "attention over 64 channels, no multiple of head_channels=24"),
         ({"format": "edm"}, "not a network of NVlabs' layout"),
         ({"image_size": 17}, "image_size must be divisible by 2"),
     ],

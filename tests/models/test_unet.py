@@ -222,7 +222,8 @@ def test_config_rebuilds_the_network(make_unet):
     [
         ({"image_size": 6, "channel_mult": [1, 1, 1]}, "divisible by 4"),
         ({"dropout": 1.0}, "dropout"),
-        ({"channels": 6, "head_channels": 4}, "heads of 4"),
+        ({"channels": 8, "head_channels": 16}, "heads of 16"),
+        ({"channels": 8, "num_heads": 3}, "3 heads"),
         ({"channels": 2}, "noise embedding"),
     ],
 )

@@ -69,6 +69,10 @@ def _config(
     size = image_size or SMALLEST_SIZE << (levels - 1)
     firsts = [per_level * (levels - 1 - level) for level in range(levels)]  # first decoder block of each size
     widths = [tensors[f"output_blocks.{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
+    width = head_channels or HEAD_CHANNELS
+    uneven = [w for w in (tensors[n].shape[0] for n in tensors if n.endswith(".proj_out.weight")) if w % width]
+    if num_heads is None and uneven:
+        raise ValueError(f"{source} has attention over {uneven[0]} channels, no multiple of head_channels={width}")
     with_attention = [f"output_blocks.{first}.1.qkv.weight" in tensors for first in firsts]
     affine = tensors["output_blocks.0.0.emb_layers.1.weight"].shape[0]
     return {

@@ -38,7 +38,7 @@ class UNet(nn.Module):
             first is also that of the stem.
         num_blocks: Residual blocks at each size.
         attention_resolutions: Image sizes (not factors) at which attention follows a block.
-        head_channels: Channels per attention head; None for `num_heads` heads.
+        head_channels: Least channels per attention head; None for `num_heads` heads.
         num_heads: Heads of every attention where `head_channels` is None.
         dropout: Probability in each residual block.
         dropout_max_resolution: Dropout only at feature maps up to this size; None for all (iCT, App. B: 16).
@@ -272,8 +272,9 @@ class _Blocks:
         return self.residual(width, width, size, attention=False, resample=Resample(self.filter_taps, up=up))
 
     def _heads(self, channels: int) -> int:
+        # Rounded down where the width is not a multiple, as EDM does.
         heads = self.num_heads if self.head_channels is None else channels // self.head_channels
-        if heads < 1 or channels % heads or (self.head_channels is not None and channels % self.head_channels):
+        if heads < 1 or channels % heads:
             what = f"{self.num_heads} heads" if self.head_channels is None else f"heads of {self.head_channels}"
             raise ValueError(
                 f"{channels} channels do not divide into {what}; change network.head_channels or network.num_heads"
