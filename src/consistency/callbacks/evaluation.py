@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consistency.callbacks.averaging import WeightEMA
 from consistency.data.files import image_grid, save_grid
-from consistency.ops import derive_seed, randn_of_seeds, to_uint8
+from consistency.sampling.images import draw_images
 
 
 class SampleGrid(Callback):
@@ -78,14 +78,9 @@ class SampleGrid(Callback):
 
     def _draw_grids(self, trainer: L.Trainer, pl_module: Any, weights: str) -> None:
         denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
-        seeds = [derive_seed("image", self.seed, index) for index in range(self.num_samples)]
-        labels = None
-        if denoiser.num_classes:
-            labels = torch.arange(self.num_samples, device=pl_module.device) % denoiser.num_classes
+        labels = torch.arange(self.num_samples) % denoiser.num_classes if denoiser.num_classes else None
         for name, sampler in self.samplers.items():
-            randn_like = randn_of_seeds(seeds, denoiser.image_shape)
-            noise = randn_like(torch.empty(0, device=pl_module.device))
-            images = to_uint8(sampler(denoiser, noise, labels, randn_like)).cpu()
+            images = draw_images(denoiser, sampler, range(self.num_samples), seed=self.seed, labels=labels).cpu()
             save_grid(images, self.dirpath / f"{name}_{images_seen:09d}.png")
             for logger in trainer.loggers:
                 _log_image(logger, f"samples/{name} ({weights})", image_grid(images), pl_module.progress.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 
 from consistency.checkpoints.io import load_model
 from consistency.data.files import save_grid, save_npz, save_pngs
-from consistency.ops import derive_seed, image_seeds, randn_of_seeds, to_uint8
+from consistency.sampling.images import draw_images, given_labels, labels_of_seed
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler
 
 log = logging.getLogger(__name__)
@@ -66,31 +65,15 @@ def sample_images(
         batch_size: Images at a time.
         labels: One label for all, a list that is repeated, or None for random labels by seed; conditional models only.
     """
-    all_labels = _labels(labels, num_samples, seed, denoiser.num_classes)
-    device = next(denoiser.parameters()).device
-    # EDM integrates in float64; MPS has none.
-    state = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    if labels is None:
+        all_labels = labels_of_seed(seed, range(num_samples), denoiser.num_classes)
+    else:
+        all_labels = given_labels(labels, num_samples, denoiser.num_classes)
     batches = []
     for indices in torch.arange(num_samples).split(batch_size):
-        randn_like = randn_of_seeds(image_seeds(seed, indices.tolist()), denoiser.image_shape)
-        batch_labels = None if all_labels is None else all_labels[indices].to(device)
-        batches.append(to_uint8(sampler(denoiser, randn_like(state), batch_labels, randn_like)).cpu())
+        batch_labels = None if all_labels is None else all_labels[indices]
+        batches.append(draw_images(denoiser, sampler, indices.tolist(), seed=seed, labels=batch_labels).cpu())
     return torch.cat(batches), all_labels
-
-
-def _labels(labels: Any, num_samples: int, seed: int, num_classes: int) -> torch.Tensor | None:
-    if num_classes == 0:
-        if labels is not None:
-            raise ValueError(f"labels={labels} was given, but the model is unconditional; leave labels=null")
-        return None
-    if labels is None:
-        picks = [derive_seed("label", seed, i) % num_classes for i in range(num_samples)]
-    else:
-        given = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
-        if not given or not all(type(label) is int and 0 <= label < num_classes for label in given):
-            raise ValueError(f"labels must be integers in [0, {num_classes - 1}], got {labels}")
-        picks = [given[i % len(given)] for i in range(num_samples)]
-    return torch.tensor(picks)
 
 
 def _device(name: str) -> torch.device:

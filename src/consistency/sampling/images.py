@@ -1,0 +1,59 @@
+"""Finished images: image i of a seed is the same in every batch, on every device, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consistency.models.denoiser import Denoiser
+from consistency.ops import derive_seed, image_seeds, randn_of_seeds, to_uint8
+
+
+@torch.no_grad()
+def draw_images(
+    denoiser: Denoiser,
+    sampler: Callable[..., Tensor],
+    indices: Sequence[int],
+    *,
+    seed: int,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Images number `indices` of this seed; uint8 [B, C, H, W] on the denoiser's device.
+
+    Args:
+        denoiser: A model in eval mode.
+        sampler: A `ConsistencySampler` or `OdeSampler`.
+        indices: Which images; image i depends on (seed, i) and its label alone.
+        seed: Of all images.
+        labels: [B] int64, of conditional models.
+    """
+    device = next(denoiser.parameters()).device
+    # EDM integrates in float64; MPS has none.
+    state = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    randn_like = randn_of_seeds(image_seeds(seed, indices), denoiser.image_shape)
+    labels = None if labels is None else labels.to(device)
+    return to_uint8(sampler(denoiser, randn_like(state), labels, randn_like))
+
+
+def labels_of_seed(seed: int, indices: Sequence[int], num_classes: int) -> Tensor | None:
+    """Random labels, each a function of (seed, i); int64 [B], or None for an unconditional model (0 classes)."""
+    if num_classes == 0:
+        return None
+    return torch.tensor([derive_seed("label", seed, int(index)) % num_classes for index in indices], dtype=torch.int64)
+
+
+def given_labels(labels: Any, num_images: int, num_classes: int) -> Tensor:
+    """One label for all images, or a list that is repeated; int64 [num_images].
+
+    Raises:
+        ValueError: if the model is unconditional, or a label is not one of its classes.
+    """
+    if num_classes == 0:
+        raise ValueError(f"labels={labels} was given, but the model is unconditional; leave labels=null")
+    given = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+    if not given or not all(type(label) is int and 0 <= label < num_classes for label in given):
+        raise ValueError(f"labels must be integers in [0, {num_classes - 1}], got {labels}")
+    return torch.tensor([given[index % len(given)] for index in range(num_images)])
