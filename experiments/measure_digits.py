@@ -21,7 +21,7 @@ import torch
 from consistency.checkpoints.io import load_model
 from consistency.data.datasets import digits
 from consistency.evaluation.features import classifier_moments, train_classifier
-from consistency.evaluation.statistics import frechet_distance
+from consistency.evaluation.scores import frechet_distance
 from consistency.runs.sample import sample_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
 

@@ -106,6 +106,60 @@ def test_published_recipe_builds_on_the_meta_device(recipe, monkeypatch):
         assert callable(instantiate(sampler, _convert_="object"))
 
 
+# What the papers say (EDM, App. F; CM, Table 3; iCT, Table 1, App. B; ECT): parameters, batch, steps, rate, EMA a step.
+NUMBERS = {
+    "cifar10_edm": (56_397_827, 512, 390_625, 1e-3, 0.5 ** (512 / 500_000)),
+    "cifar10_cd": (56_397_827, 512, 800_000, 4e-4, 0.9999),
+    "cifar10_ct": (56_395_523, 512, 800_000, 4e-4, 0.9999),
+    "cifar10_ict": (56_395_523, 1024, 400_000, 1e-4, 0.99993),
+    "cifar10_ict_deep": (97_610_499, 1024, 400_000, 1e-4, 0.99993),
+    "cifar10_ect": (55_733_891, 128, 200_000, 1e-4, 0.9999),
+    "imagenet64_edm": (295_899_267, 4096, 610_352, 1e-4, 0.9999432189950708),
+    "imagenet64_cd": (295_899_267, 2048, 600_000, 8e-6, 0.9999432189950708),
+    "imagenet64_ct": (295_899_267, 2048, 800_000, 8e-6, 0.9999432189950708),
+    "imagenet64_ict": (282_168_003, 4096, 800_000, 1e-4, 0.99997),
+    "imagenet64_ict_deep": (472_767_555, 4096, 800_000, 1e-4, 0.99997),
+    "lsun_bedroom_edm": (526_304_771, 256, 300_000, 1e-4, 0.9999432189950708),
+    "lsun_bedroom_cd": (526_304_771, 2048, 600_000, 1e-5, 0.9999432189950708),
+    "lsun_bedroom_ct": (526_304_771, 2048, 1_000_000, 1e-5, 0.9999432189950708),
+    "lsun_cat_edm": (526_304_771, 256, 300_000, 1e-4, 0.9999432189950708),
+    "lsun_cat_cd": (526_304_771, 2048, 600_000, 1e-5, 0.9999432189950708),
+    "lsun_cat_ct": (526_304_771, 2048, 1_000_000, 1e-5, 0.9999432189950708),
+    "flowers64_ct": (61_804_419, 128, 200_000, 1e-4, 0.9999),
+}
+# N at the first and the last step, and mu at the first (CD: fixed).
+SCHEDULES = {
+    "cifar10_cd": (18, 18, None),
+    "cifar10_ct": (2, 151, 0.81),
+    "cifar10_ict": (11, 1281, None),
+    "cifar10_ict_deep": (11, 1281, None),
+    "imagenet64_cd": (40, 40, 0.95),
+    "imagenet64_ct": (2, 201, 0.9025),
+    "imagenet64_ict": (11, 1281, None),
+    "imagenet64_ict_deep": (11, 1281, None),
+    "lsun_bedroom_cd": (40, 40, 0.95),
+    "lsun_bedroom_ct": (2, 151, 0.9025),
+    "flowers64_ct": (2, 151, 0.81),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_numbers(recipe, monkeypatch):
+    if recipe.endswith("_cd"):
+        teacher = on_meta(recipe.replace("_cd", "_edm"))[1].denoiser
+        monkeypatch.setattr("consistency.checkpoints.io.load_denoiser", lambda source: teacher)
+    cfg, method = on_meta(recipe)
+    parameters, batch, steps, rate, decay = NUMBERS[recipe]
+    count = sum(parameter.numel() for parameter in method.denoiser.parameters())
+    assert (count, cfg.data.batch_size, cfg.trainer.max_steps, cfg.optimizer.lr) == (parameters, batch, steps, rate)
+    half_lives = cfg.callbacks.weight_ema.half_lives
+    assert 0.5 ** (batch / half_lives[0]) == pytest.approx(decay, abs=2e-7 * len(half_lives))
+    if recipe in SCHEDULES:
+        first, last, mu = SCHEDULES[recipe]
+        assert (method.draw.num_levels(0), method.draw.num_levels(steps - 1)) == (first, last)
+        assert (method.target_decay and method.target_decay(0)) == (mu and pytest.approx(mu))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_network_trains_at_reduced_width(network, fit):
     cfg = composed("method=edm", f"network={network}", "optimizer=adam")
@@ -184,6 +238,8 @@ def test_sampler_instantiates(sampler):
         (["init_from=nowhere/run"], ["init_from", "nowhere/run", "existing run", "consistency-convert"]),
         (["init_from=outputs/nothing"], ["init_from", "outputs/nothing", "experiment=nothing"]),
         (["augment=edm"], ["augment", "edm", "method=edm"]),
+        (["method=edm", "augment=edm", "data.flip=true"], ["data.flip", "augment=edm"]),
+        (["method=edm", "augment=edm", "network.augment_channels=0"], ["network.augment_channels", "9"]),
     ],
 )
 def test_impossible_configuration_is_one_clear_line(overrides, words):

@@ -141,6 +141,18 @@ def test_start_from_another_network_names_the_options(folder):
         run(folder, "other", "experiment=smoke_ect", f"init_from={folder}/outputs/smoke_edm", "network.channels=16")
 
 
+def test_other_data_under_the_same_name_are_refused(folder, tmp_path):
+    overrides = ["experiment=smoke_ict", "callbacks.checkpoint.every_n_steps=1"]
+    run(tmp_path, "mine", *overrides, "trainer.max_steps=2")
+    directory = tmp_path / "outputs/mine"
+    (directory / "status.json").write_text("{}")  # as if it had been stopped
+    checkpoint = torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["consistency"]["data"]["images"] = 7
+    torch.save(checkpoint, directory / "checkpoints/last.ckpt")
+    with pytest.raises(ValueError, match="trained on other data \\(7 images then, "):
+        run(tmp_path, "mine", *overrides, "trainer.max_steps=2")
+
+
 def test_other_settings_under_the_same_name_are_refused(folder):
     with pytest.raises(ValueError, match="seed: 0 -> 5") as caught:
         run(folder, "smoke_ict", "experiment=smoke_ict", "seed=5")

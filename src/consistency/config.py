@@ -138,6 +138,10 @@ def _validate_method(cfg: DictConfig) -> None:
         _require(not cfg.weighting._target_.endswith("inverse_gap"), "weighting", "inverse_gap", allowed)
     augmented = cfg.data.get("augment") is not None
     _require(is_edm or not augmented, "augment", "edm", "none, but with method=edm (the network is told of it)")
+    if augmented:
+        _require(not cfg.data.flip, "data.flip", cfg.data.flip, "false with augment=edm, which mirrors by itself")
+        channels = cfg.network.get("augment_channels")
+        _require(channels == 9, "network.augment_channels", channels, "9 with augment=edm")
     if draw == "RatioPairs":
         gap = cfg.draw.q ** -(cfg.trainer.max_steps // cfg.draw.steps_per_stage + 1.0)
         allowed = "so many that the pairs of the last stage stay apart (q^-stages above 1e-6)"

@@ -104,7 +104,7 @@ def test_fourier_buffer_survives(denoiser, make_denoiser, write_ckpt, tmp_path):
 
 def test_config_is_plain_json(denoiser, tmp_path):
     stored = json.loads((save_denoiser(denoiser, tmp_path, INFO) / "config.json").read_text())
-    assert stored["format"] == 1
+    assert stored["format"] == 2
     assert stored["info"] == INFO
     assert stored["denoiser"]["boundary"] == 0.01
     assert stored["denoiser"]["network"]["fourier_scale"] == 0.5
@@ -181,13 +181,13 @@ def test_missing_things_are_named(denoiser, write_ckpt, tmp_path):
     assert load_model(folder, "ema0.9")[1] == INFO
 
 
-@pytest.mark.parametrize("number", [2, None])
+@pytest.mark.parametrize("number", [3, None])
 def test_unknown_format(denoiser, tmp_path, number):
     file = save_denoiser(denoiser, tmp_path, INFO) / "config.json"
     stored = json.loads(file.read_text())
     stored["format"] = number
     file.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=rf"config\.json has format {number}, this version reads 1"):
+    with pytest.raises(ValueError, match=rf"config\.json has format {number}, this version reads 2"):
         load_model(tmp_path)
 
 
@@ -223,3 +223,15 @@ def test_torn_checkpoint_is_named(write_ckpt, tmp_path, keep):
     os.truncate(path, keep if keep in (0, 100) else int(keep * size))
     with pytest.raises(ValueError, match=r"last\.ckpt is not a readable checkpoint"):
         load_model(path)
+
+
+def test_first_format_is_read_but_for_fourier_embeddings(make_denoiser, tmp_path):
+    for number, scale in enumerate([None, 16.0]):
+        folder = save_denoiser(make_denoiser(fourier_scale=scale), tmp_path / str(number), {"weights": "raw"})
+        stored = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**stored, "format": 1}))
+        if scale is None:
+            load_denoiser(folder)
+        else:
+            with pytest.raises(ValueError, match="has format 1"):
+                load_denoiser(folder)

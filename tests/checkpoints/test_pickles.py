@@ -81,8 +81,8 @@ def test_tensors_survive(tmp_path):
 
 def test_functions_of_the_reader_cannot_be_changed(tmp_path):
     # BUILD sets attributes on what it is given: here, the default arguments of a known function.
-    stream = b"ctorch._utils\n_rebuild_parameter\n(N}(X\x0c\x00\x00\x00__defaults__(I1\nttub."
-    with pytest.raises(ValueError, match=r"file\.pkl"):
+    stream = b"\x80\x02ctorch._utils\n_rebuild_parameter\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
+    with pytest.raises(ValueError, match="change a function"):
         read_pickle(written(tmp_path, stream))
 
 
@@ -138,6 +138,34 @@ def test_tensor_larger_than_its_storage_is_refused(tmp_path):
     buffer = io.BytesIO()
     torch.save(torch.zeros(4).untyped_storage(), buffer, _use_new_zipfile_serialization=False)
     storage = Reduced(torch.storage._load_from_bytes, buffer.getvalue())
-    evil = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (1000,), (1,), False, None)
-    with pytest.raises(ValueError, match="not a readable pickle"):
+    evil = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (1000,), (0,), False, None)
+    with pytest.raises(ValueError, match="larger than its storage"):
         read_pickle(written(tmp_path, evil))
+
+
+def nested(depth):
+    """Tuples of the same tuple twice: small in the file, 2^depth steps to hash or to print."""
+    stream = b"K\x01"
+    for _ in range(depth):
+        stream += b"2\x86"  # DUP, TUPLE2
+    return stream
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"}" + nested(60) + b"K\x01s.",
+        b"}(" + nested(60) + b"K\x01u.",
+        b"(" + nested(60) + b"K\x01d.",
+        b"\x8f(" + nested(60) + b"\x90.",
+        b"(" + nested(60) + b"\x91.",
+        b"cbuiltins\nset\n](" + nested(60) + b"e\x85R.",
+        b"ccollections\nOrderedDict\n](" + nested(60) + b"K\x01\x86e\x85R.",
+        b"cdnnlib.util\nEasyDict\n](" + nested(60) + b"K\x01\x86e\x85R.",
+        nested(60) + b"Q.",
+        b"\x96\xff\xff\xff\xff\x00\x00\x00\x00.",
+    ],
+)
+def test_small_files_that_would_take_forever_are_refused(tmp_path, stream):
+    with pytest.raises(ValueError, match=r"file\.pkl"):
+        read_pickle(written(tmp_path, b"\x80\x05" + stream))

@@ -148,7 +148,7 @@ def test_hugging_face_equals_folder(folder, tmp_path):
 def test_sets_of_torchvision_go_through_the_same_cache(folder, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "Cifar10", lambda root, train: asked.append((root, train)) or Files(folder))
-    monkeypatch.setattr(datasets, "_flowers102", lambda root: asked.append(root) or Files(folder))
+    monkeypatch.setattr(datasets, "Flowers102", lambda root: asked.append(root) or Files(folder))
     a = datasets.cifar10("r", train=False, image_size=8, crop=adm, cache_dir=tmp_path)
     b = datasets.flowers102("s", image_size=8, cache_dir=tmp_path, limit=2)
     assert (len(a), len(b), asked) == (6, 2, [("r", False), "s"])

@@ -8,7 +8,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from consistency.data.downloads import Cifar10, HuggingFace, flowers102
+from consistency.data.downloads import Cifar10, Flowers102, HuggingFace
 
 
 class TestCifar10:
@@ -69,7 +69,7 @@ class TestFlowers:
         return tmp_path
 
     def test_all_images_in_the_order_of_their_numbers(self, root):
-        source = flowers102(root)
+        source = Flowers102(root)
         assert (source.name, len(source), len(source.classes)) == ("flowers102", 3, 102)
         assert list(source.labels) == [101, 0, 6]
         assert [round(np.asarray(source.open(i))[0, 0, 0] / 50) for i in range(3)] == [1, 2, 3]
@@ -77,7 +77,7 @@ class TestFlowers:
     def test_missing_images(self, root):
         (root / "flowers-102" / "jpg" / "image_00002.jpg").unlink()
         with pytest.raises(ValueError, match="holds 2 images, not 3"):
-            flowers102(root)
+            len(Flowers102(root))
 
     def test_missing_download(self, monkeypatch, tmp_path):
         def fail(*args, **options):
@@ -85,7 +85,7 @@ class TestFlowers:
 
         monkeypatch.setattr(torchvision.datasets, "Flowers102", fail)
         with pytest.raises(ValueError, match=r"flowers-102 is not in .* put 102flowers\.tgz"):
-            flowers102(tmp_path)
+            len(Flowers102(tmp_path))
 
 
 class TestHuggingFace:

@@ -27,6 +27,15 @@ def test_each_epoch_is_a_permutation():
     assert len(set(epochs)) == 6
 
 
+def test_number_of_classes_is_that_of_the_data():
+    array = ImageArray(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 2]), classes=["a", "b", "c"])
+    options = {"batch_size": 1, "seed": 0, "image_size": 4, "channels": 1}
+    for num_classes in (0, 3):
+        ImageDataModule(array, num_classes=num_classes, **options).setup("fit")
+    with pytest.raises(ValueError, match="has 3 classes, the configuration says 1000"):
+        ImageDataModule(array, num_classes=1000, **options).setup("fit")
+
+
 def test_function_of_the_seed():
     torch.manual_seed(1)
     first = batches(10, seed=3)
@@ -340,14 +349,6 @@ def test_on_device_the_loader_yields_indices_only():
     images, labels = data.on_after_batch_transfer(torch.tensor([3, 0]), 0)
     assert torch.equal(images, from_uint8(IMAGES[[3, 0]]))
     assert labels.tolist() == [0, 0]
-
-
-def test_prepare_data_makes_the_set():
-    calls = []
-    data = module(lambda: calls.append(1) or ImageArray(IMAGES, torch.arange(12) % 3))
-    data.prepare_data()
-    data.setup("fit")
-    assert calls == [1]
 
 
 def test_sigma_data_of_a_set_that_is_decoded_looks_at_fewer_images():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
 
-FORMAT = 1
+FORMAT = 2  # 1: as 2, but a Fourier embedding had its halves the other way round
 MODEL_FOLDER = "model"
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
@@ -101,7 +101,8 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the model folder {folder} is damaged or not complete: {reason}") from error
-    if stored.get("format") != FORMAT:
+    turned = stored.get("format") == 1 and stored["denoiser"]["network"].get("fourier_scale") is not None
+    if stored.get("format") not in (1, FORMAT) or turned:
         raise ValueError(f"{folder / 'config.json'} has format {stored.get('format')!r}, this version reads {FORMAT}")
     info = stored["info"]
     if weights not in (None, info.get("weights")):

@@ -75,6 +75,9 @@ class Record:
 class _PlainDict(dict[str, Any]):
     """Stands for dictionaries with extras, such as NVlabs' EasyDict."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __setstate__(self, state: Any) -> None:
         self.update(state or {})
 
@@ -96,10 +99,26 @@ def read_pickle(path: str | Path) -> Any:
 
 
 class _RefusedError(Exception):
-    """A name that is not on the list."""
+    """Something that is not on the list."""
 
 
-class _Unpickler(pickle._Unpickler):
+_NOTHING = "nothing of it was run"
+
+
+def _shown(text: Any) -> str:
+    """A name from the file in a message: short, on one line, without control characters."""
+    return text[:80].encode("unicode_escape").decode()[:80] if isinstance(text, str) else type(text).__name__
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, str | int | float | bytes | None):
+        raise _RefusedError(f"it has a {type(key).__name__} as a key")
+
+
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
     """Resolves the names of `_KNOWN` and nothing else.
 
     The one written in Python: its memo is a dictionary. That of the C one is an array as long as the largest index that
@@ -110,13 +129,47 @@ class _Unpickler(pickle._Unpickler):
         """What stands for `module.name`."""
         known = _KNOWN.get((module, name))
         if known is None:
-            asked = f"{module}.{name}".encode("unicode_escape").decode()[:80]
-            raise _RefusedError(f"it asks for {asked}, which no file of weights needs; nothing of it was run")
+            raise _RefusedError(f"it asks for {_shown(f'{module}.{name}')}, which no file of weights needs; {_NOTHING}")
         return known
 
     def persistent_load(self, pid: Any) -> Any:
         """Only streams inside a stream refer to storages."""
-        raise _RefusedError(f"it refers to an object outside of it ({str(pid)[:40]})")
+        raise _RefusedError("it refers to an object outside of it")
+
+    def _plain_keys(self) -> None:
+        """Check the keys that the next opcode hashes: nested tuples can take forever."""
+        for key in self.stack[::2]:
+            _check_key(key)
+
+    def _load_setitem(self) -> None:
+        _check_key(self.stack[-2])
+        _PythonUnpickler.load_setitem(self)
+
+    def _load_setitems(self) -> None:
+        self._plain_keys()
+        _PythonUnpickler.load_setitems(self)
+
+    def _load_dict(self) -> None:
+        self._plain_keys()
+        _PythonUnpickler.load_dict(self)
+
+    def _load_items(self) -> None:
+        for item in self.stack:
+            _check_key(item)
+        _PythonUnpickler.load_additems(self)
+
+    def _refuse(self) -> None:
+        raise _RefusedError("it uses an opcode that no file of weights needs")
+
+    dispatch: dict[int, Any] = {
+        **_PythonUnpickler.dispatch,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.DICT[0]: _load_dict,
+        pickle.ADDITEMS[0]: _load_items,
+        pickle.FROZENSET[0]: _refuse,
+        pickle.BYTEARRAY8[0]: _refuse,  # allocates what it announces
+    }
 
 
 class _StorageUnpickler(_Unpickler):
@@ -130,14 +183,14 @@ class _StorageUnpickler(_Unpickler):
         """Storage types only."""
         if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
             return _STORAGES[name]
-        asked = f"{module}.{name}".encode("unicode_escape").decode()[:80]
-        raise _RefusedError(f"a tensor in it asks for {asked}; nothing of it was run")
+        raise _RefusedError(f"a tensor in it asks for {_shown(f'{module}.{name}')}; {_NOTHING}")
 
     def persistent_load(self, pid: Any) -> Any:
         """Note a storage; its bytes come later in the stream."""
         kind, dtype, key, _, numel = pid[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or (len(pid) > 5 and pid[5] is not None):
-            raise _RefusedError(f"a tensor in it is kept as {str(pid)[:40]}")
+            raise _RefusedError("a tensor in it is kept in another way than in the old format of torch.save")
+        _check_key(key)
         self.storages[key] = (dtype, int(numel))
         return key
 
@@ -177,7 +230,7 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
 def _persistent_object(meta: dict[str, Any]) -> Record:
     """NVlabs' `_reconstruct_persistent_obj` without its source: the name and the attributes."""
     record = Record()
-    record.class_name = str(meta["class_name"]).encode("unicode_escape").decode()[:80]
+    record.class_name = _shown(meta["class_name"])
     record.__setstate__(meta["state"])
     return record
 
@@ -194,20 +247,32 @@ def _bound_method(owner: Any, name: Any) -> Record:
 def _encode(text: str, encoding: str) -> bytes:
     """Bytes in streams of protocol 2."""
     if encoding != "latin1":
-        raise _RefusedError(f"it holds bytes as {str(encoding)[:40]}")
+        raise _RefusedError(f"it holds bytes as {_shown(encoding)}")
     return text.encode("latin1")
 
 
+def _set(items: Any = ()) -> set[Any]:
+    for item in items:
+        _check_key(item)
+    return set(items)
+
+
+def _ordered_dict() -> OrderedDict[Any, Any]:
+    """Items follow one by one."""
+    return OrderedDict()
+
+
 class _NumpyType(Record):
-    """A numpy dtype; its state (byte order, flags) does not matter to the few that are allowed."""
+    """A little-endian numpy dtype."""
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        if not isinstance(state, tuple) or ">" in state[:3]:
+            raise _RefusedError("it holds a numpy scalar of another byte order")
 
 
 def _numpy_dtype(code: str, *_: Any) -> Record:
     dtype = _NumpyType()
-    dtype.class_name = code
+    dtype.class_name = _shown(code)
     return dtype
 
 
@@ -234,9 +299,9 @@ class _Call:
 
 _KNOWN: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _Call(_encode),
-    **{(builtins, "set"): set for builtins in ("builtins", "__builtin__")},
+    **{(builtins, "set"): _Call(_set) for builtins in ("builtins", "__builtin__")},
     **{(builtins, "getattr"): _Call(_bound_method) for builtins in ("builtins", "__builtin__")},
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _Call(_ordered_dict),
     ("dnnlib.util", "EasyDict"): _PlainDict,
     ("numpy", "dtype"): _Call(_numpy_dtype),
     ("numpy.core.multiarray", "scalar"): _Call(_numpy_scalar),

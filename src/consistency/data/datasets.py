@@ -18,8 +18,7 @@ import torch
 from consistency.data.arrays import DecodedImages, ImageArray
 from consistency.data.cache import cached
 from consistency.data.cropping import Crop, adm, exact
-from consistency.data.downloads import Cifar10, HuggingFace
-from consistency.data.downloads import flowers102 as _flowers102
+from consistency.data.downloads import Cifar10, Flowers102, HuggingFace
 from consistency.data.sources import Files, Lmdb, Source, Zip
 
 Images = ImageArray | DecodedImages
@@ -64,7 +63,7 @@ def flowers102(
     limit: int | None = None,
 ) -> Images:
     """flowers-102: all 8,189 images, 102 classes; downloaded to `root` if it is not there."""
-    return _images(_flowers102(root), image_size, channels, crop, cache_dir, limit)
+    return _images(Flowers102(root), image_size, channels, crop, cache_dir, limit)
 
 
 def image_folder(

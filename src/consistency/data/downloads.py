@@ -65,33 +65,67 @@ class Cifar10:
         return f"md5 c58f30108f718f92721af3b95e74349a, {'train' if self.train else 'test'}"
 
 
-def flowers102(root: str | Path) -> Files:
+class Flowers102:
     """All 8,189 images of flowers-102 (training, validation and test), 102 classes, in the order of their numbers.
 
-    torchvision downloads and verifies the archives; labels are those of `imagelabels.mat`, less one.
+    torchvision downloads and verifies the archives, when something asks for an image; labels are those of
+    `imagelabels.mat`, less one.
 
     Args:
         root: Folder of `flowers-102/`; where it is downloaded to if it is not there.
 
     Raises:
-        ValueError: if the set is neither there nor to be had.
+        ValueError: if the set is neither there nor to be had, on first use.
     """
-    from scipy.io import loadmat
-    from torchvision.datasets import Flowers102
 
-    verified = _downloaded(
-        lambda: Flowers102(str(root), download=True),
-        f"flowers-102 is not in {root}",
-        f"put 102flowers.tgz, imagelabels.mat and setid.mat into {root}/flowers-102, or change data.dataset.root",
-    )
-    source = Files(Path(root, "flowers-102", "jpg"))
-    source.name = "flowers102"
-    labels = loadmat(Path(root, "flowers-102", "imagelabels.mat"), squeeze_me=True)["labels"]
-    if len(labels) != len(source):
-        raise ValueError(f"{source.root} holds {len(source)} images, not {len(labels)}; unpack 102flowers.tgz anew")
-    source.labels = [int(label) - 1 for label in labels]
-    source.classes = list(getattr(verified, "classes", map(str, range(102))))
-    return source
+    name = "flowers102"
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @cached_property
+    def _files(self) -> Files:
+        from scipy.io import loadmat
+        from torchvision.datasets import Flowers102 as Verified
+
+        verified = _downloaded(
+            lambda: Verified(str(self.root), download=True),
+            f"flowers-102 is not in {self.root}",
+            f"put 102flowers.tgz, imagelabels.mat and setid.mat into {self.root}/flowers-102, or change "
+            "data.dataset.root",
+        )
+        files = Files(self.root / "flowers-102" / "jpg")
+        labels = loadmat(self.root / "flowers-102" / "imagelabels.mat", squeeze_me=True)["labels"]
+        if len(labels) != len(files):
+            raise ValueError(f"{files.root} holds {len(files)} images, not {len(labels)}; unpack 102flowers.tgz anew")
+        files.labels = [int(label) - 1 for label in labels]
+        files.classes = list(getattr(verified, "classes", map(str, range(102))))
+        return files
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """pink primrose, ..., blackberry lily."""
+        return self._files.classes
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """One an image."""
+        return self._files.labels
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def open(self, index: int) -> Image.Image:
+        """The image."""
+        return self._files.open(index)
+
+    def describe(self, index: int) -> str:
+        """Its file."""
+        return self._files.describe(index)
+
+    def fingerprint(self) -> str:
+        """The checksum of the archive, which torchvision verifies."""
+        return "md5 52808999861908f626f3c1f4e79d11fa"
 
 
 class HuggingFace:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from consistency.data.arrays import histogram, mean_and_std
+from consistency.data.cache import read_meta
 from consistency.ops import derive_seed, from_uint8
 
 log = logging.getLogger(__name__)
@@ -130,10 +131,6 @@ class ImageDataModule(L.LightningDataModule):
             self._dataset = self._source if isinstance(self._source, Dataset) else self._source()
         return self._dataset
 
-    def prepare_data(self) -> None:
-        """Make the data set on one process of each machine, so that its cache is there for the others."""
-        _ = self.dataset
-
     def setup(self, stage: str) -> None:
         """Check the data against what the configuration says of it."""
         image, _ = self.dataset[0]
@@ -150,8 +147,20 @@ class ImageDataModule(L.LightningDataModule):
                     f"the data set has a label {outside[0]}, the configuration says {self.num_classes} classes; "
                     "change data.num_classes"
                 )
+        classes = getattr(self.dataset, "classes", None) or ()
+        if self.num_classes and len(classes) > 1 and len(classes) != self.num_classes:
+            raise ValueError(
+                f"the data set has {len(classes)} classes, the configuration says {self.num_classes}; "
+                "change data.num_classes, or complete the data"
+            )
         if self.on_device and not isinstance(getattr(self.dataset, "images", None), Tensor):
             raise ValueError("data.on_device=true needs a cache; set data.dataset.cache_dir, or data.on_device=false")
+
+    def identity(self) -> dict[str, Any]:
+        """What a run is trained on: number of images, and checksum of a cached set. A resumed run compares it."""
+        folder = getattr(self.dataset, "folder", None)
+        digest = read_meta(folder)["sha256"]["images"] if folder is not None else None
+        return {"images": len(self.dataset), "sha256": digest}
 
     def sigma_data(self, max_images: int | None = None) -> float:
         """Standard deviation of the pixels in [-1, 1] around their channel mean, over at most `max_images` images.

@@ -236,7 +236,13 @@ def _is_image(name: str) -> bool:
 
 def _image_names(root: Path) -> Iterable[str]:
     """Paths of the images below `root`, relative to it, with slashes."""
-    for folder, _, files in os.walk(root, followlinks=True):
+    visited = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in visited:  # a link to a folder above it
+            below.clear()
+            continue
+        visited.add((place.st_dev, place.st_ino))
         inner = Path(folder).relative_to(root).as_posix()
         names = files if inner == "." else [f"{inner}/{file}" for file in files]
         yield from filter(_is_image, names)

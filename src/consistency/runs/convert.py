@@ -9,11 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from consistency.checkpoints.diffusers import read_diffusers, save_pipeline
+from consistency.checkpoints.diffusers import NOISE_SCALE, read_diffusers, save_pipeline
 from consistency.checkpoints.edm import read_edm
 from consistency.checkpoints.io import load_model, save_denoiser
 from consistency.checkpoints.openai import read_openai
 from consistency.models.denoiser import Denoiser
+from consistency.models.unet import UNet
 
 log = logging.getLogger(__name__)
 
@@ -21,24 +22,14 @@ log = logging.getLogger(__name__)
 def convert(cfg: DictConfig) -> Path:
     """Write a foreign network as a model folder; returns the folder."""
     source, out = Path(cfg.source), _new_folder(cfg.out)
-    options = {"image_size": cfg.image_size, "head_channels": cfg.head_channels, "num_heads": cfg.num_heads}
-    said: dict[str, Any] = {}
-    if cfg.format == "openai":
-        network = read_openai(source, **options)
-        noise_scale, kind = 250.0, _kind_of_name(source)
-    elif cfg.format == "edm":
-        network, said = read_edm(source, head_channels=cfg.head_channels)
-        noise_scale, kind = 0.25, "ect" if said.get("class_name") == "ECMPrecond" else "edm"
-    else:
-        network, said = read_diffusers(source)
-        noise_scale, kind = 250.0, "consistency"
-    kind = cfg.kind or kind
-    stated = {name: cfg[name] if cfg[name] is not None else said.get(name) for name in _NOISE}
-    noise = {"noise_scale": noise_scale, **{name: float(value) for name, value in stated.items() if value is not None}}
-    denoiser = Denoiser(network, **noise)
+    network, said = {"openai": _openai, "edm": _edm, "diffusers": _diffusers}[cfg.format](source, cfg)
+    kind = cfg.kind or said["kind"]
+    names = ("noise_scale", "sigma_data", "sigma_min", "sigma_max")
+    stated = {name: cfg[name] if cfg[name] is not None else said.get(name) for name in names}
+    denoiser = Denoiser(network, **{name: float(value) for name, value in stated.items() if value is not None})
     denoiser.boundary = {"consistency": denoiser.sigma_min, "edm": 0.0, "ect": said.get("boundary", 0.0)}[kind]
     info = {
-        "method": {"edm": "EDM", "consistency": "consistency", "ect": "consistency"}[kind],
+        "method": "EDM" if kind == "edm" else "consistency",
         "weights": "imported",
         "imported": {"format": cfg.format, "source": source.name, "sha256": _digest(source)},
     }
@@ -50,7 +41,22 @@ def convert(cfg: DictConfig) -> Path:
     return out
 
 
-_NOISE = ("sigma_data", "sigma_min", "sigma_max", "noise_scale")
+def _openai(source: Path, cfg: DictConfig) -> tuple[UNet, dict[str, Any]]:
+    """The file does not say which scalings it was trained with; the published names do."""
+    network = read_openai(source, image_size=cfg.image_size, head_channels=cfg.head_channels, num_heads=cfg.num_heads)
+    kind = "edm" if source.name.lower().startswith("edm") else "consistency"
+    return network, {"kind": kind, "noise_scale": 250.0}
+
+
+def _edm(source: Path, cfg: DictConfig) -> tuple[UNet, dict[str, Any]]:
+    network, said = read_edm(source, head_channels=cfg.head_channels)
+    kind = "ect" if said.get("class_name") == "ECMPrecond" else "edm"
+    return network, {**said, "kind": kind, "noise_scale": 0.25}
+
+
+def _diffusers(source: Path, cfg: DictConfig) -> tuple[UNet, dict[str, Any]]:
+    network, said = read_diffusers(source)
+    return network, {**said, "kind": "consistency", "noise_scale": NOISE_SCALE}
 
 
 def export(cfg: DictConfig) -> Path:
@@ -70,11 +76,6 @@ def _new_folder(name: str) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out} exists and is not an empty folder; name a new one")
     return out
-
-
-def _kind_of_name(source: Path) -> str:
-    """OpenAI's files do not say which scalings they were trained with; their published names do."""
-    return "edm" if source.name.lower().startswith("edm") else "consistency"
 
 
 def _digest(source: Path) -> str:

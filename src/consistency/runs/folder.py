@@ -63,7 +63,10 @@ def check_same_settings(cfg: DictConfig, run_dir: Path) -> None:
         return  # nothing was trained under the old settings
     old = _flat(OmegaConf.to_container(OmegaConf.load(file), resolve=True))
     new = _flat(OmegaConf.to_container(cfg, resolve=True))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not is_neutral(key))
+    # Data may have moved; whether they are the same is checked by what they hold.
+    ignored = {"data.dataset.path", "paths.data_dir", "paths.cache_dir"}
+    keys = [key for key in old.keys() | new.keys() if key not in ignored and not is_neutral(key)]
+    changed = sorted(key for key in keys if old.get(key) != new.get(key))
     if changed:
         listed = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:5])
         raise ValueError(

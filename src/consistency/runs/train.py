@@ -55,12 +55,13 @@ def train(cfg: DictConfig) -> float | None:
         say_where(run_dir)
         return None
     checkpoint = run_dir / CHECKPOINT if (run_dir / CHECKPOINT).exists() else None
-    if checkpoint is not None:
-        read_checkpoint(checkpoint)  # a damaged file is an error before anything is built
+    # A damaged file is an error before anything is built.
+    before = read_checkpoint(checkpoint).get("consistency", {}) if checkpoint is not None else {}
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data, _convert_="object")
     data.setup("fit")
+    _check_same_data(before.get("data"), data, run_dir)
     method = instantiate(cfg.method, _convert_="object")
     if cfg.init_from and checkpoint is None:
         _start_from(method, cfg.init_from)
@@ -78,7 +79,11 @@ def train(cfg: DictConfig) -> float | None:
         log.info("%s: %s%s", run_dir, what, f"; continuing from {checkpoint}" if checkpoint else "")
     saver = next((callback for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
     if saver is not None:
-        saver.metadata = {"config": OmegaConf.to_yaml(cfg, resolve=True), "method": type(method).__name__}
+        saver.metadata = {
+            "config": OmegaConf.to_yaml(cfg, resolve=True),
+            "method": type(method).__name__,
+            "data": data.identity(),
+        }
 
     started = time.perf_counter()
     try:
@@ -135,6 +140,16 @@ def _trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run_dir:
                 raise ValueError(f"W&B could not start ({str(error).splitlines()[0]}); {advice}") from error
             raise
     return trainer
+
+
+def _check_same_data(before: dict[str, Any] | None, data: ImageDataModule, run_dir: Path) -> None:
+    """Refuse to continue on other images: their order is a function of how many there are."""
+    if before is not None and before != data.identity():
+        counts = f"{before['images']:,} images then, {data.identity()['images']:,} now"
+        raise ValueError(
+            f"{run_dir} was trained on other data ({counts}{', of other content' if before['sha256'] else ''}); bring "
+            "them back, or run_name=NAME for another run, or overwrite=true to set it aside and start afresh"
+        )
 
 
 def _check_fits(denoiser: Denoiser, data: ImageDataModule, sigma_data: float) -> None:
