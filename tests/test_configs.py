@@ -228,6 +228,18 @@ def test_sampler_instantiates(sampler):
         (["overwrite=maybe"], ["overwrite", "maybe", "true or false"]),
         (["run_name=../up"], ["run_name", "../up"]),
         (["seed=-1"], ["seed", "-1", "at least 0"]),
+        (["network.num_blocks=0"], ["network.num_blocks", "0", "at least 1"]),
+        (["network.channels=abc"], ["network.channels", "abc", "integer"]),
+        (["network.fourier_scale=abc"], ["network.fourier_scale", "abc", "positive"]),
+        (["network.fourier_scale=-1"], ["network.fourier_scale", "-1", "positive"]),
+        (["network.head_channels=0"], ["network.head_channels", "0", "at least 1"]),
+        (["network.dropout=1"], ["network.dropout", "1", "below 1"]),
+        (["network.scale_shift=maybe"], ["network.scale_shift", "maybe", "true or false"]),
+        (["network.resample_filter=[]"], ["network.resample_filter", "[]", "[1,3,3,1]"]),
+        (["network.attention_resolutions=8"], ["network.attention_resolutions", "8", "[8, 4]"]),
+        (["data.num_workers=-1"], ["data.num_workers", "-1", "at least 0"]),
+        (["data.on_device=maybe"], ["data.on_device", "maybe", "true or false"]),
+        (["data.image_size=0"], ["data.image_size", "0", "at least 1"]),
         (["network.channel_mult=2"], ["network.channel_mult", "2", "list"]),
         (["noise.rho=0"], ["noise.rho", "positive"]),
         (["curriculum=ect"], ["draw.num_levels", "curriculum.num_levels"]),
@@ -248,6 +260,41 @@ def test_impossible_configuration_is_one_clear_line(overrides, words):
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_attention_at_a_size_that_is_not_there_is_said(caplog):
+    config.validate(composed())
+    assert caplog.text == ""
+    config.validate(composed("data.image_size=16"))  # the own data of docs/data.md
+    assert "lists [4], but the network has feature maps of [16, 8] pixels" in caplog.text
+
+
+def test_network_beside_a_teacher_is_not_checked():
+    config.validate(composed("method=cd", f"teacher={config.CONF_DIR}", "data.image_size=7"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.image_size=0"], "data.image_size is 0; allowed: an integer, at least 1"),
+        (["data.image_size=abc"], "data.image_size is abc"),
+        (["data.channels=2"], "data.channels is 2; allowed: 1 (grey) or 3 (colour)"),
+        (["data.dataset.limit=abc"], "data.dataset.limit is abc; allowed: an integer, at least 1, or null"),
+        (["data.dataset.limit=0"], "data.dataset.limit is 0"),
+        (["data.batch_size=x"], "data.batch_size is x"),
+        (["data.num_classes=-1"], "data.num_classes is -1"),
+        (["data.num_workers=-1"], "data.num_workers is -1"),
+        (["data.flip=abc"], "data.flip is abc; allowed: true or false"),
+        (["seed=-1"], "seed is -1"),
+        (["out=grid.jpg"], "out is grid.jpg; allowed: a name that ends in .png, or null"),
+    ],
+)
+def test_impossible_options_of_consistency_data(overrides, words):
+    config.validate_prepare(composed("data=folder", name="prepare"))
+    with pytest.raises(ValueError) as caught:
+        config.validate_prepare(composed("data=folder", *overrides, name="prepare"))
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_yaml_says_what_it_is():

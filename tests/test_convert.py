@@ -132,7 +132,11 @@ def test_export_to_safetensors(openai_file, tmp_path):
         ({"noise_scale": -1}, "noise_scale is -1; allowed: a positive number"),
         ({"head_channels": 24}, "attention over 64 channels, no multiple of head_channels=24"),
         ({"format": "edm"}, "not a network of NVlabs' layout"),
-        ({"image_size": 17}, "image_size must be divisible by 2"),
+        (
+            {"image_size": 17},
+            r"image_size must be divisible by 2 .* got 17; check image_size, head_channels, ",
+        ),
+        ({"head_channels": 16, "sigma_min": 90}, "got sigma_min=90.0, sigma_max=80.0; change sigma_min or sigma_max"),
     ],
 )
 def test_bad_options_are_one_line(openai_file, tmp_path, options, words):
@@ -195,7 +199,10 @@ class TestUse:
         return run("convert", format="openai", source=user / "edm.pt", out=user / "teacher", head_channels=16)
 
     def test_as_a_teacher(self, user, teacher):
-        folder = self.train(user, "cd", "method=cd", f"teacher={teacher}", "optimizer.lr=1e-9")
+        options = ("method=cd", f"teacher={teacher}", "optimizer.lr=1e-9")
+        with pytest.raises(ValueError, match=r"noise\.noise_scale is 0\.25; set noise\.noise_scale=250"):
+            self.train(user, "cd", *options)
+        folder = self.train(user, "cd", *options, "noise.noise_scale=250")
         student, imported = load_denoiser(folder, "raw"), load_denoiser(teacher)
         assert student.noise_scale == 250
         torch.testing.assert_close(student.network.state_dict(), imported.network.state_dict(), rtol=0, atol=1e-5)

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -111,9 +113,46 @@ def test_grid_without_classes(say, folder, tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (2 + 4 * 34, 36)
 
 
-def test_grid_must_be_a_png():
-    with pytest.raises(ValueError, match=r"out is grid\.jpg; allowed: a name that ends in \.png"):
-        prepare(composed("out=grid.jpg"))
+@pytest.mark.parametrize("below", ["user.png", "dark/new.png"])
+def test_grid_never_gets_among_the_data(say, folder, tmp_path, monkeypatch, below):
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    for path in (folder, "."):
+        with pytest.raises(ValueError, match=rf"lies in data\.dataset\.path={re.escape(str(path))}, .* set out to"):
+            say(*mine(path), out=below)
+    assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
+
+
+def test_only_a_grid_is_replaced(say, folder, tmp_path):
+    pictures = [tmp_path / "photo.png", tmp_path / "text.png", tmp_path / "folder.png"]
+    Image.new("RGB", (9, 9)).save(pictures[0])
+    pictures[1].write_text("no image")
+    pictures[2].mkdir()
+    for out in pictures:
+        with pytest.raises(ValueError, match=r"exists and is no grid of ours; set out to a new file"):
+            say(*mine(folder), out=out)
+    assert Image.open(pictures[0]).size == (9, 9)
+
+
+def test_ctrl_c_ends_in_one_line(folder, tmp_path):
+    """The build of a cache is stopped: one line, no part of a cache."""
+    for number in range(1000):
+        Image.new("L", (300, 300), number % 256).save(folder / "dark" / f"more{number}.png")
+    code = "import sys; sys.argv[0] = 'consistency-data'; from consistency.cli import data; data()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *mine(folder), f"paths.data_dir={tmp_path / 'data'}"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "data").glob("cache/.*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (130, "consistency: stopped by Ctrl-C\n")
+    assert [path.name for path in (tmp_path / "data" / "cache").iterdir() if path.is_dir()] == []
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -119,8 +119,12 @@ def test_methods_that_start_from_a_diffusion_model(folder, method, option):
     ("change", "words"),
     [
         ({"sigma_data": 0.5}, ["sigma_data 0.5", "noise.sigma_data is 0.75"]),
+        ({"noise_scale": 250.0}, ["noise_scale 250", r"set noise\.noise_scale=250"]),
         ({"sigma_min": 0.01}, [r"\(0.01, 80.0\)", r"\(0.002, 80.0\)"]),
-        ({"network": {"image_size": 16}}, [r"\[1, 16, 16\]", r"\[1, 8, 8\]"]),
+        (
+            {"network": {"image_size": 16}},
+            [r"\[1, 16, 16\]", r"\[1, 8, 8\]", "change data.image_size and data"],
+        ),
         ({"network": {"in_channels": 3}}, [r"\[3, 8, 8\]", r"\[1, 8, 8\]"]),
         ({"network": {"num_classes": 7}}, ["network has 7 classes", "data set 10"]),
         ({"boundary": 0.002}, ["must be a diffusion model", "got a consistency model"]),

@@ -50,6 +50,7 @@ def data(cfg: DictConfig) -> None:
     """consistency-data: make a data set ready, and look at it."""
 
     def job() -> None:
+        config.validate_prepare(cfg)
         from consistency.runs.prepare import prepare
 
         prepare(cfg)
@@ -83,10 +84,54 @@ def export(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@hydra.main(**_MAIN, config_name="evaluate")
+def evaluate(cfg: DictConfig) -> None:
+    """consistency-evaluate: scores of a model or of images."""
+
+    def job() -> None:
+        config.validate_evaluate(cfg)
+        from consistency.runs.evaluate import evaluate
+
+        evaluate(cfg)
+
+    _one_line_errors(job)
+
+
+@hydra.main(**_MAIN, config_name="search")
+def search(cfg: DictConfig) -> None:
+    """consistency-search: levels for sampling in a few steps."""
+
+    def job() -> None:
+        config.validate_search(cfg)
+        from consistency.runs.search import search
+
+        search(cfg)
+
+    _one_line_errors(job)
+
+
+@hydra.main(**_MAIN, config_name="curve")
+def curve(cfg: DictConfig) -> None:
+    """consistency-curve: scores against network evaluations."""
+
+    def job() -> None:
+        config.validate_curve(cfg)
+        from consistency.runs.evaluate import curve
+
+        curve(cfg)
+
+    _one_line_errors(job)
+
+
 def _one_line_errors(job: Any) -> Any:
     """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         return job()
+    except KeyboardInterrupt:
+        if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+            raise
+        print("consistency: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, FloatingPointError, InstantiationException, OmegaConfBaseException, OSError) as error:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # Hydra then goes on with the other jobs
         if in_sweep or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ _PACKAGE = Path(__file__).parent
 _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1]
 CONF_DIR = _ROOT / "conf"
 EXPERIMENTS_DIR = _ROOT / "experiments"
+
+log = logging.getLogger(__name__)
 
 # Settings below these keys leave the result of a run as it is: they neither change its name nor keep it from going on.
 _NEUTRAL = (
@@ -91,10 +94,23 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(
             f"{error.full_key} needs a part that is not there: {what}; choose parts of one method"
         ) from None
+    _validate_data(cfg)
     _validate_values(cfg)
-    if cfg.network is not None:
-        _validate_network(cfg)
     _validate_method(cfg)
+    if not _is_distillation(cfg):  # its network is the teacher's
+        _validate_network(cfg)
+
+
+def validate_prepare(cfg: DictConfig) -> None:
+    """Check the options of consistency-data.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    _require_integer(cfg, "seed", 0, 2**32 - 1)
+    is_png = isinstance(cfg.out, str) and Path(cfg.out).suffix.lower() == ".png"
+    _require(cfg.out is None or is_png, "out", cfg.out, "a name that ends in .png, or null for no grid")
+    _validate_data(cfg)
 
 
 def _validate_values(cfg: DictConfig) -> None:
@@ -103,21 +119,53 @@ def _validate_values(cfg: DictConfig) -> None:
     _require(is_name, "run_name", repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
     _require(isinstance(cfg.overwrite, bool), "overwrite", cfg.overwrite, "true or false")
     _require_integer(cfg, "seed", 0, 2**32 - 1)
-    for option in ("trainer.max_steps", "trainer.accumulate_grad_batches", "data.batch_size"):
+    for option in ("trainer.max_steps", "trainer.accumulate_grad_batches"):
         _require_integer(cfg, option, 1)
     parts = cfg.trainer.accumulate_grad_batches
     allowed = f"a multiple of trainer.accumulate_grad_batches={parts}"
     _require(cfg.data.batch_size % parts == 0, "data.batch_size", cfg.data.batch_size, allowed)
     noise = ("sigma_min", "sigma_max", "rho", "sigma_data", "noise_scale")
     for option in ("optimizer.lr", *(f"noise.{name}" for name in noise)):
-        value = OmegaConf.select(cfg, option)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(is_number and 0 < value < math.inf, option, value, "a positive number")
+        _require_positive(cfg, option)
     low, high = cfg.noise.sigma_min, cfg.noise.sigma_max
     _require(low < high, "noise.sigma_min", low, f"between 0 and noise.sigma_max={high}")
 
 
+def _validate_data(cfg: DictConfig) -> None:
+    for option, low in (("batch_size", 1), ("image_size", 1), ("num_classes", 0), ("num_workers", 0)):
+        _require_integer(cfg, f"data.{option}", low)
+    channels, limit = cfg.data.channels, cfg.data.dataset.get("limit")
+    _require(type(channels) is int and channels in (1, 3), "data.channels", channels, "1 (grey) or 3 (colour)")
+    is_limit = limit is None or (type(limit) is int and limit >= 1)
+    _require(is_limit, "data.dataset.limit", limit, "an integer, at least 1, or null for all images")
+    for option in ("flip", "on_device"):
+        value = cfg.data[option]
+        _require(isinstance(value, bool), f"data.{option}", value, "true or false")
+
+
 def _validate_network(cfg: DictConfig) -> None:
+    for option in ("channels", "num_blocks"):
+        _require_integer(cfg, f"network.{option}", 1)
+    given = {option: value for option, value in cfg.network.items() if value is not None}
+    for option in ("head_channels", "num_heads", "norm_groups", "dropout_max_resolution"):
+        if option in given:
+            _require_integer(cfg, f"network.{option}", 1)
+    for option in ("fourier_scale", "noise_channel_mult", "emb_channel_mult", "skip_scale", "norm_eps"):
+        if option in given:
+            _require_positive(cfg, f"network.{option}")
+    for option in ("scale_shift", "input_pyramid", "conv_resample", "adm"):
+        value = given.get(option, False)
+        _require(isinstance(value, bool), f"network.{option}", value, "true or false")
+    _require_integer(cfg, "network.augment_channels", 0)
+    dropout, taps = cfg.network.dropout, cfg.network.resample_filter
+    _require(_is_number(dropout) and 0 <= dropout < 1, "network.dropout", dropout, "a number from 0 to below 1")
+    is_filter = isinstance(taps, ListConfig) and len(taps) % 2 == 0 and all(map(_is_number, taps)) and sum(taps) > 0
+    _require(is_filter, "network.resample_filter", taps, "a list of an even number of taps, as [1,1] or [1,3,3,1]")
+    _validate_sizes(cfg)
+
+
+def _validate_sizes(cfg: DictConfig) -> None:
+    """Of the feature maps, and where attention is."""
     mult, size, classes = cfg.network.channel_mult, cfg.data.image_size, cfg.network.num_classes
     is_list = isinstance(mult, ListConfig) and len(mult) > 0 and all(isinstance(m, int) and m > 0 for m in mult)
     _require(is_list, "network.channel_mult", mult, "a list of positive integers, one for each size")
@@ -125,17 +173,29 @@ def _validate_network(cfg: DictConfig) -> None:
     _require(size % 2 ** (len(mult) - 1) == 0, "network.channel_mult", list(mult), allowed)
     allowed = f"0 (unconditional) or data.num_classes={cfg.data.num_classes}"
     _require(classes in (0, cfg.data.num_classes), "network.num_classes", classes, allowed)
+    listed, sizes = cfg.network.attention_resolutions, [size >> level for level in range(len(mult))]
+    is_list = isinstance(listed, ListConfig) and all(type(entry) is int and entry > 0 for entry in listed)
+    _require(is_list, "network.attention_resolutions", listed, f"a list of sizes in pixels, of {sizes}")
+    if absent := [entry for entry in listed if entry not in sizes]:
+        # No error: a recipe's list goes with its image size, and the network is as good a one at another.
+        what = (
+            "network.attention_resolutions lists %s, but the network has feature maps of %s pixels; no attention there"
+        )
+        log.warning(what, absent, sizes)
 
 
 def _validate_method(cfg: DictConfig) -> None:
     """Parts that do not go together."""
     method, draw = (part._target_.rpartition(".")[2] for part in (cfg.method, cfg.draw))
-    is_edm, is_distillation = method == "EDM", method == "ConsistencyDistillation"
+    is_edm, is_distillation = method == "EDM", _is_distillation(cfg)
     single, pairs = "lognormal (one level an image)", "uniform_index, lognormal_index or ratio (pairs)"
     _require((draw == "LogNormal") == is_edm, "draw", draw, single if is_edm else pairs)
     if is_edm:
         allowed = "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm"
         _require(not cfg.weighting._target_.endswith("inverse_gap"), "weighting", "inverse_gap", allowed)
+    # What augment=edm sets is there without a network.
+    has_network = cfg.network is not None and "channel_mult" in cfg.network
+    _require(has_network or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
     augmented = cfg.data.get("augment") is not None
     _require(is_edm or not augmented, "augment", "edm", "none, but with method=edm (the network is told of it)")
     if augmented:
@@ -148,7 +208,6 @@ def _validate_method(cfg: DictConfig) -> None:
         _require(gap > 1e-6, "draw.steps_per_stage", cfg.draw.steps_per_stage, allowed)
     if cfg.get("metric") is not None and cfg.metric._target_.endswith("LPIPS") and cfg.metric.resize is None:
         _require(cfg.data.image_size >= 16, "metric.resize", None, "224, or images of at least 16 pixels")
-    _require(cfg.network is not None or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
     _require(cfg.teacher is not None or not is_distillation, "teacher", None, "a run or model of method=edm")
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
@@ -171,6 +230,52 @@ def validate_sample(cfg: DictConfig) -> None:
     _require_integer(cfg, "seed", 0, 2**63 - 1)
     for option in ("ckpt", "out", "device"):
         _require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+
+
+def validate_evaluate(cfg: DictConfig) -> None:
+    """Check the options of consistency-evaluate.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    subjects = [option for option in ("ckpt", "samples") if cfg[option] is not None]
+    _require(len(subjects) == 1, "ckpt", cfg.ckpt, "a run or model, or null with samples=FOLDER_OR_NPZ; one of the two")
+    for option in (*subjects, *(["reference"] if cfg.reference is not None else [])):
+        _require(Path(str(cfg[option])).exists(), option, cfg[option], "a file or folder that exists")
+    seeds = cfg.seeds
+    is_list = isinstance(seeds, ListConfig) and len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds)
+    _require(is_list and len(set(seeds)) == len(seeds), "seeds", seeds, "a list of different integers, e.g. [0,1,2]")
+
+
+def validate_search(cfg: DictConfig) -> None:
+    """Check the options of consistency-search.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    validate_evaluate(cfg)
+    _require(cfg.ckpt is not None, "ckpt", None, "a run or model")
+    _require_integer(cfg, "num_levels", 3)
+    _require_integer(cfg, "parts", 1)
+    _require_integer(cfg, "steps", 2, 1 + (cfg.num_levels - 2))
+    _require_integer(cfg, "seed", 0)
+    _require(isinstance(cfg.scan, bool), "scan", cfg.scan, "true or false")
+    _require(not cfg.scan or cfg.steps == 2, "steps", cfg.steps, "2 with scan=true")
+
+
+def validate_curve(cfg: DictConfig) -> None:
+    """Check the options of consistency-curve.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    validate_evaluate(cfg)
+    _require(cfg.ckpt is not None, "ckpt", None, "a run or model")
+    for option in ("steps", "heun_steps"):
+        value = cfg[option]
+        is_list = isinstance(value, ListConfig) and len(value) > 0 and all(isinstance(n, int) and n > 0 for n in value)
+        _require(is_list, option, value, "a list of positive integers")
+    _require(str(cfg.out).endswith(".png"), "out", cfg.out, "a name that ends in .png")
 
 
 def validate_convert(cfg: DictConfig) -> None:
@@ -197,8 +302,8 @@ def validate_convert(cfg: DictConfig) -> None:
     _require(not both, "num_heads", cfg.num_heads, "null where head_channels is given")
     for option in ("noise_scale", "sigma_data", "sigma_min", "sigma_max"):
         value = cfg[option]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(value is None or (is_number and 0 < value < math.inf), option, value, "a positive number, or null")
+        is_positive = _is_number(value) and 0 < value < math.inf
+        _require(value is None or is_positive, option, value, "a positive number, or null")
 
 
 def validate_export(cfg: DictConfig) -> None:
@@ -211,6 +316,19 @@ def validate_export(cfg: DictConfig) -> None:
     for option in ("ckpt", "out"):
         _require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
     _require_integer(cfg, "num_levels", 2)
+
+
+def _is_distillation(cfg: DictConfig) -> bool:
+    return cfg.method._target_.endswith(".ConsistencyDistillation")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_positive(cfg: DictConfig, option: str) -> None:
+    value = OmegaConf.select(cfg, option)
+    _require(_is_number(value) and 0 < value < math.inf, option, value, "a positive number")
 
 
 def _require_integer(cfg: DictConfig, option: str, low: int, high: int | None = None) -> None:

@@ -97,3 +97,18 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     CsvLogger(str(tmp_path)).log_metrics({"loss": 0.5}, step=10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_callbacks_make_one_row_of_a_step(tmp_path):
+    logger = CsvLogger(str(tmp_path))
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.log_metrics({"loss": 2.0}, step=2)
+    logger.log_metrics({"fd": 3.0}, step=2)
+    logger.log_metrics({"fd": 4.0, "is": 1.0}, step=2)
+    logger.log_metrics({"loss": 5.0}, step=3)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["step"], row["loss"], row["fd"], row["is"]) for row in rows] == [
+        ("1", "1.0", "", ""),
+        ("2", "2.0", "4.0", "1.0"),
+        ("3", "5.0", "", ""),
+    ]

@@ -92,7 +92,7 @@ def test_comes_back_as_it_went(make, tmp_path, options):
         ({"adm": False}, r"DDPM\+\+ or NCSN\+\+"),
         ({"noise_scale": 0.25}, r"250 ln\(sigma\), this model has noise_scale 0.25"),
         ({"boundary": 0.0}, "a diffusion model, or ECT"),
-        ({"norm_groups": None}, r"one number of groups, these have \[8, 16, 24, 32\]"),
+        ({"norm_groups": None}, r"one number of groups, these have \[8, 16, 24, 32\] .*network\.norm_groups=32"),
         (
             {"head_channels": None, "num_heads": 2, "attention_resolutions": [16, 8]},
             r"one width, these have \[16, 32\]",

@@ -191,6 +191,25 @@ def test_unknown_format(denoiser, tmp_path, number):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda stored: stored["denoiser"]["network"].update(colour=1), "unexpected keyword argument 'colour'"),
+        (lambda stored: stored.pop("denoiser"), "'denoiser'"),
+        (lambda stored: stored["denoiser"]["network"].update(channels=12), "size mismatch|Unexpected|Missing"),
+        (lambda stored: stored["denoiser"]["network"].update(num_blocks=0), "num_blocks must be at least 1"),
+    ],
+)
+def test_changed_settings_are_one_line(denoiser, tmp_path, change, words):
+    file = save_denoiser(denoiser, tmp_path, INFO) / "config.json"
+    stored = json.loads(file.read_text())
+    change(stored)
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=rf"the model folder .* cannot be loaded: .*({words})") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 class Trap:
     """Makes a file when it is unpickled."""
 

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 import torch
 
+from consistency.checkpoints.edm import read_edm
 from consistency.checkpoints.layouts import openai_modules
 from consistency.checkpoints.openai import read_openai
 from consistency.models.denoiser import Denoiser
@@ -128,6 +131,7 @@ def test_image_size_defaults_to_that_of_the_published_networks(imported):
         (lambda state: state | {"out.2.weight": torch.zeros(6, 32, 3, 3)}, "predicts 6 channels from 3"),
         (lambda state: state | {"time_embed.2.bias": torch.zeros(7)}, r"time_embed.2.bias is \[7\], .* needs \[128\]"),
         (lambda state: {"model": state}, "not a state dict"),
+        (lambda state: state | {"out.2.bias": torch.full((3,), torch.inf)}, r"out\.2\.bias holds NaN or infinity"),
         # guided-diffusion's attention is one-dimensional, and its rows are in another order.
         (
             lambda state: state | {k: v.squeeze(-1) for k, v in state.items() if k.endswith("qkv.weight")},
@@ -143,6 +147,14 @@ def test_refuses_other_files(imported, change, words):
     with pytest.raises(ValueError, match=words) as caught:
         imported("openai_unet_class_cond", change)
     assert "\n" not in str(caught.value)
+
+
+def test_cut_short(tmp_path):
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "file.pt")
+    os.truncate(tmp_path / "file.pt", 2000)
+    for read in (read_openai, read_edm):
+        with pytest.raises(ValueError, match=r"file\.pt is not a readable .*: it is cut short or damaged$"):
+            read(tmp_path / "file.pt")
 
 
 def test_file_that_runs_something_is_refused_and_does_nothing(tmp_path):

@@ -159,6 +159,14 @@ def test_failed_build_leaves_nothing(tmp_path):
     assert visible(tmp_path) == []
 
 
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_file_in_the_place_of_the_folder(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"file.* cannot be made a folder \(.*\); change paths\.cache_dir"):
+        build(tmp_path / "file" / below)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_full_disk_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))

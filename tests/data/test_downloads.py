@@ -49,6 +49,15 @@ class TestCifar10:
         assert "cifar-10-python.tar.gz" in str(caught.value)
         assert "\n" not in str(caught.value)
 
+    def test_damaged_download(self, monkeypatch, tmp_path):
+        def fail(*args, **options):
+            raise URLError("no network")
+
+        monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+        (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
+        with pytest.raises(ValueError, match=r"tar\.gz is damaged \(its MD5 is not .* put a whole one in its place$"):
+            _ = Cifar10(tmp_path).labels
+
 
 def stand_in_image(index):
     return np.arange(4 * 32 * 32 * 3).reshape(4, 32, 32, 3).astype(np.uint8)[index].tolist()
@@ -100,13 +109,17 @@ class TestHuggingFace:
             "picture": [Image.new("RGB", (4, 4), (level, 0, 0)) for level in (10, 20, 30)],
             "kind": [2, 0, 1],
             "number": [5, 4, 3],
-            "text": ["a", "b", "c"],
+            "text": ["b", "a", "b"],
+            "half": [0.5, 1.5, 2.5],
+            "gaps": [-1, 0, 1],
         }
         kinds = {
             "picture": datasets.Image(),
             "kind": datasets.ClassLabel(names=["x", "y", "z"]),
             "number": datasets.Value("int64"),
             "text": datasets.Value("string"),
+            "half": datasets.Value("float32"),
+            "gaps": datasets.Value("int64"),
         }
         rows = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
         datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "set"))
@@ -122,6 +135,28 @@ class TestHuggingFace:
     def test_columns_by_name(self, saved):
         source = HuggingFace(str(saved), label_column="number")
         assert (list(source.labels), list(source.classes)) == ([5, 4, 3], ["0", "1", "2", "3", "4", "5"])
+
+    def test_text_labels_are_classes(self, saved):
+        source = HuggingFace(str(saved), label_column="text")
+        assert (list(source.labels), list(source.classes)) == ([1, 0, 1], ["a", "b"])
+
+    @pytest.mark.parametrize(
+        ("column", "labels", "said"),
+        [
+            ([3, 0, 1], [3, 0, 1], ""),
+            (["y", "x", "y"], [1, 0, 1], ""),
+            ([-1, 0, 1], [0, 0, 0], "column label holds -1 in 1 of 3 rows; labels are not used"),
+            (["y", None, "y"], [0, 0, 0], "column label holds None in 1 of 3 rows; labels are not used"),
+            ([0.5, 1.0, 2.0], [0, 0, 0], ""),
+        ],
+    )
+    def test_plain_column_called_label(self, datasets, saved, tmp_path, caplog, column, labels, said):
+        rows = datasets.load_from_disk(str(saved))["train"].remove_columns(["kind"]).add_column("label", column)
+        rows.save_to_disk(str(tmp_path / "plain"))
+        source = HuggingFace(str(tmp_path / "plain"))
+        assert list(source.labels) == labels
+        assert said in caplog.text
+        assert bool(said) == ("not used" in caplog.text)
 
     def test_splits_and_fingerprints(self, saved):
         train, test = HuggingFace(str(saved)), HuggingFace(str(saved), split="test")
@@ -144,7 +179,11 @@ class TestHuggingFace:
             ({"split": "nope"}, r"\[nope\] cannot be loaded \(it has train, test\)"),
             ({"label_column": "colour"}, r"no column colour, but picture, .*change data\.dataset\.label_column"),
             ({"image_column": "colour"}, r"no column colour, but picture, .*change data\.dataset\.image_column"),
-            ({"label_column": "text"}, r"column text .* does not hold labels"),
+            (
+                {"label_column": "half"},
+                r"column half of .* does not hold labels .* but 0\.5; change data\.dataset\.",
+            ),
+            ({"label_column": "gaps"}, r"column gaps of .* does not hold labels .* but -1; change"),
         ],
     )
     def test_wrong_options(self, saved, options, words):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency.data.files import image_grid, save_grid, save_npz, save_pngs
+from consistency.data.files import image_grid, is_grid, save_grid, save_npz, save_pngs
 
 
 @pytest.fixture
@@ -54,6 +54,14 @@ def test_save_grid(images, tmp_path, channels):
     assert np.array_equal(np.asarray(picture), image_grid(some).permute(1, 2, 0).numpy())
     save_grid(some, path, columns=4)
     assert Image.open(path).size == (138, 36)
+
+
+def test_grids_know_that_they_are(images, tmp_path):
+    save_grid(images(4), tmp_path / "grid.png")
+    save_pngs(images(1), tmp_path / "new")
+    (tmp_path / "text.png").write_text("no image")
+    assert is_grid(tmp_path / "grid.png")
+    assert not any(is_grid(tmp_path / name) for name in ("new/00000.png", "text.png", "new"))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

@@ -122,7 +122,9 @@ class TestZip:
             ([["00000/b.png", 0]], "has no label for 00000/a.png"),
             ([["00000/b.png", 0], ["00000/a.png", -1], ["00001/c.png", 1]], "has -1 for 00000/a.png"),
             ([["00000/b.png", 0], ["00000/a.png", [0.5]], ["00001/c.png", 1]], "has .0.5. for"),
+            ([["00000/b.png", 0], ["00000/a.png", 10**30], ["00001/c.png", 1]], "dataset.json has 1000.*to 999,999"),
             ("not json", "dataset.json is not"),
+            ("[" * 100_000, "dataset.json is not"),
             ("[1]", "dataset.json is not"),
             ('{"labels": 3}', "dataset.json is not"),
         ],
@@ -137,6 +139,14 @@ class TestZip:
         assert Zip(make_zip(self.images, labels, name="copy.zip")).fingerprint() == first
         other = [make_zip({**self.images, "00001/c.png": 4}, labels), make_zip(self.images, name="b.zip")]
         assert len({first, *(Zip(path).fingerprint() for path in other)}) == 3
+
+    def test_what_is_left_out_is_said(self, make_zip, caplog):
+        Zip(make_zip(self.images, [*([name, 0] for name in self.images), ["gone.png", 1]]))
+        assert "names 1 images that are not in the zip, gone.png" in caplog.text
+        with zipfile.ZipFile(make_zip(self.images, name="deep.zip"), "a") as archive:
+            archive.writestr("00000/dataset.json", "{}")
+        assert Zip(archive.filename).classes == []
+        assert "00000/dataset.json is not read" in caplog.text
 
     def test_not_a_zip(self, tmp_path, make_zip):
         (tmp_path / "a.zip").write_bytes(b"PK, but no zip")
@@ -187,6 +197,13 @@ class TestLmdb:
     def test_damaged(self, database):
         (database / "data.mdb").write_bytes(b"nonsense" * 2000)
         with pytest.raises(ValueError, match="cannot be opened as an LMDB"):
+            Lmdb(database)
+
+    @pytest.mark.parametrize("pages", [1.2, 2, 2.5])
+    def test_cut_short(self, database, pages):
+        """Read, it would end the process with a bus error."""
+        os.truncate(database / "data.mdb", int(pages * 4096))
+        with pytest.raises(ValueError, match=r"data\.mdb is cut short \([\d,]+ of [\d,]+ bytes\)"):
             Lmdb(database)
 
     def test_missing_package(self, tmp_path, monkeypatch):

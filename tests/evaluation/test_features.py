@@ -3,7 +3,7 @@ import torch
 
 from consistency.data.datasets import digits
 from consistency.evaluation.features import SmallClassifier, classifier_moments, train_classifier
-from consistency.evaluation.statistics import frechet_distance
+from consistency.evaluation.scores import frechet_distance
 
 
 @pytest.fixture(scope="module")

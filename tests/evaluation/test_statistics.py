@@ -1,22 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 
-from consistency.evaluation.statistics import FeatureMoments, frechet_distance
-
-
-def moments_of(mean, covariance, count=1000):
-    """Moments with exactly this mean and covariance."""
-    moments = FeatureMoments(len(mean))
-    moments.count, moments.total = count, mean * count
-    moments.outer = covariance * (count - 1) + torch.outer(mean, mean) * count
-    return moments
-
-
-def random_spd(dim, generator):
-    root = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
-    return root @ root.T / dim
+from consistency.evaluation.statistics import FeatureMoments, FeatureStatistics
 
 
 def test_mean_and_covariance_are_numpys():
@@ -35,7 +21,6 @@ def test_batches_add_up():
     assert parts.count == whole.count
     torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-12, atol=1e-14)
-    assert frechet_distance(parts, whole) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -54,40 +39,71 @@ def test_gradients_are_not_kept():
     assert not moments.mean.requires_grad
 
 
-@pytest.mark.parametrize("count", [3, 40, 1000])
-def test_distance_to_itself_is_nothing(count):
-    # Few samples too: their covariance is singular, and the root of the product ill-defined.
-    moments = FeatureMoments(64).add(torch.randn(count, 64))
-    assert 0 <= frechet_distance(moments, moments) < 1e-3
-
-
-def test_closed_form_for_independent_coordinates():
-    mean_a, mean_b = torch.tensor([[0.0, 1.0, -2.0], [0.5, 1.0, 3.0]], dtype=torch.float64)
-    std_a, std_b = torch.tensor([[1.0, 2.0, 0.5], [3.0, 2.0, 0.0]], dtype=torch.float64)
-    a, b = moments_of(mean_a, std_a.square().diag()), moments_of(mean_b, std_b.square().diag())
-    expected = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
-    assert frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-9)
-
-
-def test_samples_of_two_gaussians():
-    a = FeatureMoments(2).add(torch.randn(200_000, 2))
-    b = FeatureMoments(2).add(3 * torch.randn(200_000, 2) + torch.tensor([1.0, -2.0]))
-    assert frechet_distance(a, b) == pytest.approx(5 + 2 * 4, rel=0.02)
-
-
-@pytest.mark.parametrize("dim", [2, 8, 33])
-def test_scipys_root(dim):
-    generator = torch.Generator().manual_seed(dim)
-    cov_a, cov_b = random_spd(dim, generator), 2 * random_spd(dim, generator)
-    mean_a, mean_b = torch.randn(2, dim, dtype=torch.float64, generator=generator)
-    root = sqrtm((cov_a @ cov_b).numpy())
-    expected = (mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * float(np.trace(root).real)
-    distance = frechet_distance(moments_of(mean_a, cov_a), moments_of(mean_b, cov_b))
-    assert distance == pytest.approx(expected.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_samples(count):
     with pytest.raises(ValueError, match=f"at least 2 samples, got {count}"):
         _ = FeatureMoments(3).add(torch.zeros(count, 3)).covariance
+
+
+def statistics(features, logits, order, batch_size, **options):
+    """Statistics of samples that come in an order, in batches."""
+    dim, classes = features.shape[1], logits.shape[1]
+    result = FeatureStatistics(dim, classes, total=len(features), keep_features=True, **options)
+    for indices in order.split(batch_size):
+        result.add(features[indices], logits[indices], indices)
+    result.all_reduce()
+    return result
+
+
+def test_order_and_batches_do_not_matter():
+    features, logits = torch.randn(103, 7), 3 * torch.randn(103, 5)
+    whole = statistics(features, logits, torch.arange(103), 103)
+    parts = statistics(features, logits, torch.randperm(103), 9)
+    torch.testing.assert_close(parts.moments.mean, whole.moments.mean, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(parts.moments.covariance, whole.moments.covariance, rtol=1e-12, atol=1e-14)
+    assert torch.equal(parts.features, features)  # in the order of the indices
+    assert parts.inception_score() == pytest.approx(whole.inception_score(), rel=1e-12)
+
+
+def test_nothing_is_kept_that_is_not_asked_for():
+    result = FeatureStatistics(7, 0, total=10, keep_features=False)
+    result.add(torch.randn(10, 7), torch.randn(10, 5), torch.arange(10))
+    result.all_reduce()
+    assert result.features is None
+    elements = sum(value.numel() for value in vars(result).values() if isinstance(value, torch.Tensor))
+    assert elements <= 10 + 10 + 10  # which came, their splits, one number a split
+    with pytest.raises(ValueError, match="needs logits"):
+        result.inception_score()
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 1, 2], "4 samples were announced, 3 came, 3 of them distinct"),
+        ([0, 1, 2, 2], "4 samples were announced, 4 came, 3 of them distinct"),
+        ([0, 1, 2, 3, 3], "4 samples were announced, 5 came, 4 of them distinct"),
+    ],
+)
+def test_missing_and_repeated_samples(indices, message):
+    result = FeatureStatistics(2, 0, total=4, keep_features=False)
+    result.add(torch.randn(len(indices), 2), torch.zeros(len(indices), 0), torch.tensor(indices))
+    with pytest.raises(ValueError, match=message):
+        result.all_reduce()
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_foreign_indices(index):
+    result = FeatureStatistics(2, 0, total=4, keep_features=False)
+    with pytest.raises(ValueError, match=r"indices in \[0, 4\)"):
+        result.add(torch.randn(1, 2), torch.zeros(1, 0), torch.tensor([index]))
+
+
+def test_inception_score_of_known_answers():
+    features, certain = torch.zeros(1000, 1), 1000 * torch.eye(10).repeat(100, 1)  # probabilities underflow to 0
+    mean, std = statistics(features, certain, torch.arange(1000), 64, splits=1).inception_score()
+    assert mean == pytest.approx(10, rel=1e-12)  # all classes alike, each for certain
+    assert std == 0
+    collapsed = certain[:1].expand(1000, -1)
+    assert statistics(features, collapsed, torch.arange(1000), 64).inception_score() == pytest.approx((1, 0))
+    unsure = torch.zeros(1000, 10)
+    assert statistics(features, unsure, torch.arange(1000), 64).inception_score() == pytest.approx((1, 0))

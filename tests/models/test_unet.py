@@ -225,6 +225,14 @@ def test_config_rebuilds_the_network(make_unet):
         ({"channels": 8, "head_channels": 16}, "heads of 16"),
         ({"channels": 8, "num_heads": 3}, "3 heads"),
         ({"channels": 2}, "noise embedding"),
+        ({"num_blocks": 0}, r"num_blocks must be at least 1, got 0; change network\.num_blocks"),
+        ({"head_channels": 0}, "head_channels must be at least 1"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"attention_resolutions": 4}, "attention_resolutions must be a list"),
+        ({"fourier_scale": -1.0}, "fourier_scale must be positive"),
+        ({"resample_filter": []}, "resample_filter must be an even number of taps"),
+        ({"resample_filter": [1, 2, 1]}, "resample_filter must be an even number of taps"),
+        ({"channel_mult": []}, "channel_mult must be a list"),
     ],
 )
 def test_refuses(make_unet, options, message):

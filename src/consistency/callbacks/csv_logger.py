@@ -24,6 +24,7 @@ class CsvLogger(Logger):
         super().__init__()
         self.path = Path(save_dir) / "metrics.csv"
         self._columns: list[str] | None = None
+        self._last_step: int | None = None
 
     @property
     def name(self) -> str:
@@ -47,16 +48,21 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write one row."""
+        """Write one row, or complete that of the same step."""
         row = {"step": step, **metrics}
         if self._columns is None:
             rows = [old for old in self._read() if (old["step"] or "").isdigit() and int(old["step"]) < (step or 0)]
             self._columns = list(rows[0]) if rows else []
             self._rewrite(rows)
-        if new := [name for name in row if name not in self._columns]:
-            rows = self._read()
-            self._columns += new
+        new = [name for name in row if name not in self._columns]
+        self._columns += new
+        rows = self._read() if new or step == self._last_step else []
+        if rows and step == self._last_step and rows[-1]["step"] == str(step):  # of another callback
+            self._rewrite([*rows[:-1], {**rows[-1], **{name: str(value) for name, value in metrics.items()}}])
+            return
+        if new:
             self._rewrite(rows)
+        self._last_step = step
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 

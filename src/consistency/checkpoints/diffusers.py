@@ -159,7 +159,8 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
         f"its filter is (1, 1), not {own['resample_filter']}": own["resample_filter"] != [1, 1],
         "its noise embedding is as long as the first width": own["noise_channel_mult"] != 1,
         "its first width is that of the stem (channel_mult starts with 1)": own["channel_mult"][0] != 1,
-        f"its norms have one number of groups, these have {sorted(groups)}": len(groups) > 1,
+        f"its norms have one number of groups, these have {sorted(groups)} (train with 128 channels or more, or with "
+        "network.norm_groups=32)": len(groups) > 1,
         f"its attention heads have one width, these have {sorted(heads)}": len(heads) > 1,
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):

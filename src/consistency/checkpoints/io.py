@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from consistency.checkpoints.tensors import what_torch_said
 from consistency.models.denoiser import Denoiser
 
 FORMAT = 2  # 1: as 2, but a Fourier embedding had its halves the other way round
@@ -87,8 +90,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # about the protocols of other people's pickles
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged zip files and pickles fail in every way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable checkpoint of this project: {reason}") from error
+        what = what_torch_said(error)
+        raise ValueError(f"{path} is not a readable checkpoint of this project: {what}") from error
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
@@ -101,17 +104,31 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the model folder {folder} is damaged or not complete: {reason}") from error
-    turned = stored.get("format") == 1 and stored["denoiser"]["network"].get("fourier_scale") is not None
+    with _described(f"the model folder {folder}"):
+        turned = stored.get("format") == 1 and stored["denoiser"]["network"].get("fourier_scale") is not None
+        info = dict(stored.get("info", {}))
     if stored.get("format") not in (1, FORMAT) or turned:
         raise ValueError(f"{folder / 'config.json'} has format {stored.get('format')!r}, this version reads {FORMAT}")
-    info = stored["info"]
     if weights not in (None, info.get("weights")):
         raise ValueError(
             f"{folder} holds the weights {info.get('weights')}, not {weights}; load the run's .ckpt instead"
         )
-    denoiser = Denoiser.from_config(stored["denoiser"])
-    denoiser.network.load_state_dict(tensors)
+    with _described(f"the model folder {folder}"):
+        denoiser = Denoiser.from_config(stored["denoiser"])
+        denoiser.network.load_state_dict(tensors)
     return denoiser.eval(), info
+
+
+@contextmanager
+def _described(source: str) -> Iterator[None]:
+    """Settings or tensors that do not make a model end in one line."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line says nothing
+        raise ValueError(
+            f"{source} cannot be loaded: {what[:200]}; it was changed, or written by another version"
+        ) from error
 
 
 def _load_checkpoint(path: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
@@ -126,8 +143,9 @@ def _load_checkpoint(path: Path, weights: str | None) -> tuple[Denoiser, dict[st
         raise ValueError(f"{path} holds the weights {['raw', *averages]}, not {weights}")
     prefix = "denoiser."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    denoiser = Denoiser.from_config(config)
-    denoiser.load_state_dict(own | averages.get(weights, {}))
+    with _described(str(path)):
+        denoiser = Denoiser.from_config(config)
+        denoiser.load_state_dict(own | averages.get(weights, {}))
     info = {**checkpoint.get("consistency", {}), "weights": weights, **state.get("progress._extra_state", {})}
     info.pop("config", None)
     return denoiser.eval(), info

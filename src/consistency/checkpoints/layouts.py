@@ -173,7 +173,7 @@ def fill(
         rows: `(qkv rows, heads) -> rows` in our order (three, head, dim); None where the order is ours already.
 
     Raises:
-        ValueError: if a tensor is missing, left over, or of another shape.
+        ValueError: if a tensor is missing, left over, of another shape, or holds NaN or infinity.
     """
     wanted = {key: f"{modules[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in network.state_dict()}
     missing, left = sorted(set(wanted.values()) - set(tensors)), sorted(set(tensors) - set(wanted.values()))
@@ -190,6 +190,10 @@ def fill(
             raise ValueError(
                 f"{source}: {wanted[ours]} is {list(theirs.shape)}, the network needs {list(own.shape)}; "
                 "check image_size and head_channels"
+            )
+        if not theirs.isfinite().all():
+            raise ValueError(
+                f"{source}: {wanted[ours]} holds NaN or infinity; the file is damaged, or its run diverged"
             )
         # 1x1 convolutions are also kept as [out, in] and [out, in, 1].
         theirs = theirs.reshape(own.shape)
@@ -210,6 +214,11 @@ def described(source: str | Path, layout: str) -> Iterator[None]:
     """Whatever reading a foreign file stumbles over becomes one line that names the file."""
     try:
         yield
+    except ValueError as error:
+        if "; change " not in str(error):
+            raise
+        what = str(error).partition("; change ")[0]  # an option of training, which a converter does not have
+        raise ValueError(f"{source}: {what}; check image_size, head_channels, num_heads") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise ValueError(f"{source} is not a network of {layout}: {what.splitlines()[0][:160]}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -33,8 +32,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         what = f"it asks for {asked[1]}, which no file of tensors needs" if asked else "it is another kind of pickle"
         raise ValueError(f"{path} was not read: {what}; nothing of it was run") from error
     except Exception as error:  # safetensors, zip files and pickles fail in ways of their own
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(f"{path} is not a readable file of tensors: {reason}") from error
+        raise ValueError(f"{path} is not a readable file of tensors: {what_torch_said(error)}") from error
     is_state = isinstance(contents, dict) and all(isinstance(key, str) for key in contents)
     if not is_state or not all(isinstance(value, Tensor) for value in contents.values()):
         raise ValueError(
@@ -44,5 +42,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether this is torch's newer format; the old one and NVlabs' snapshots are bare pickles."""
-    return zipfile.is_zipfile(path)
+    """Whether this is torch's newer format, whole or cut short; the old one and NVlabs' snapshots are bare pickles."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def what_torch_said(error: Exception) -> str:
+    """One short line of an error of `torch.load`."""
+    if isinstance(error, LookupError):  # of the unpickler, on text
+        return "it is another kind of file"
+    text = str(error) or type(error).__name__
+    return "it is cut short or damaged" if "PytorchStreamReader" in text else text.splitlines()[0][:160]

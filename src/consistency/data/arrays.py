@@ -91,7 +91,10 @@ class DecodedImages(Dataset[tuple[Tensor, int]]):
         except ValueError as error:  # of the crop, or of Pillow
             raise ImageError(f"{self.source.describe(at)} {error}") from error
         except Exception as error:  # Pillow's decoders raise a dozen kinds of errors on damaged files
-            what = f"cannot be read as an image ({type(error).__name__}); replace the file or take it out"
+            kind = type(error).__name__
+            said = "" if kind == "UnidentifiedImageError" else str(error)  # that one only names a buffer
+            reason = f"{kind}: {said.splitlines()[0][:100]}" if said else kind
+            what = f"cannot be read as an image ({reason}); replace the file or take it out"
             raise ImageError(f"{self.source.describe(at)} {what}") from error
         pixels = np.asarray(image)  # [H, W] or [H, W, C]
         return np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), order="C")

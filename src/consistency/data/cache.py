@@ -52,7 +52,7 @@ def cached(
         limit: So many images only, evenly spread over the set.
 
     Raises:
-        ValueError: if an image cannot be used, or the disk is too small.
+        ValueError: if an image cannot be used, the disk is too small, or `cache_dir` cannot be made.
     """
     settings = {
         "version": VERSION,
@@ -66,7 +66,11 @@ def cached(
     folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9_.]+', '_', source.name)}-{image_size}x{image_size}-{key}"
     if (found := _open(folder)) is not None:
         return found
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"{folder.parent} cannot be made a folder ({error.strerror})"
+        raise ValueError(f"{what}; change paths.cache_dir, or data.dataset.cache_dir") from error
     with _lock(folder):
         if (found := _open(folder)) is None:  # unless another process has built it meanwhile
             images = DecodedImages(source, image_size=image_size, channels=channels, crop=crop, limit=limit)

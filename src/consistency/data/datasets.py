@@ -102,7 +102,7 @@ def lsun(
     limit: int | None = None,
 ) -> Images:
     """A category of LSUN, without labels: the LMDB as it comes, or a folder of its images at any depth."""
-    source = Lmdb(path) if Path(path, "data.mdb").exists() else Files(path, labelled=False)
+    source = Lmdb(path) if Path(str(path), "data.mdb").exists() else Files(path, labelled=False)
     return _images(source, image_size, channels, crop, cache_dir, limit)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from consistency.data.sources import Files
+from consistency.data.sources import MAX_CLASSES, Files
+
+log = logging.getLogger(__name__)
 
 
 class Cifar10:
@@ -37,6 +40,7 @@ class Cifar10:
             lambda: CIFAR10(str(self.root), train=self.train, download=True),
             f"CIFAR-10 is not in {self.root}",
             "put cifar-10-python.tar.gz there, or change data.dataset.root",
+            {self.root / "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"},
         )
 
     @property
@@ -93,6 +97,11 @@ class Flowers102:
             f"flowers-102 is not in {self.root}",
             f"put 102flowers.tgz, imagelabels.mat and setid.mat into {self.root}/flowers-102, or change "
             "data.dataset.root",
+            {
+                self.root / "flowers-102" / "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
+                self.root / "flowers-102" / "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
+                self.root / "flowers-102" / "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
+            },
         )
         files = Files(self.root / "flowers-102" / "jpg")
         labels = loadmat(self.root / "flowers-102" / "imagelabels.mat", squeeze_me=True)["labels"]
@@ -136,7 +145,9 @@ class HuggingFace:
         split: E.g. train.
         config: Name of a part of the set, for sets that have several.
         image_column: Of the images; None for the only one of that type.
-        label_column: Of the labels; None for the only one with class names, or no labels where there is none.
+        label_column: Of the labels: integers from 0, or text, whose values, sorted, are the classes. None for the only
+            one with class names, else one of integers or text that is called label or labels; no labels where there is
+            none, or where it holds -1 (no label).
 
     Raises:
         ValueError: if the package, the set, the split or a column is missing.
@@ -159,7 +170,7 @@ class HuggingFace:
         import datasets
 
         self.image_column = image_column or self._only(datasets.Image, "image")
-        self.label_column = label_column or self._only(datasets.ClassLabel, "label", optional=True)
+        self.label_column = label_column or self._find_labels(datasets.ClassLabel)
         for column in filter(None, (self.image_column, self.label_column)):
             if column not in self.rows.column_names:
                 have = ", ".join(self.rows.column_names)
@@ -176,24 +187,41 @@ class HuggingFace:
         option = f"data.dataset.{what}_column"
         raise ValueError(f"{self.set_name} has {len(found)} {what} columns among {have}; set {option}")
 
-    @cached_property
-    def labels(self) -> Sequence[int]:
-        """One an image."""
-        if self.label_column is None:
-            return [0] * len(self.rows)
-        labels = self.rows.with_format(None)[self.label_column][:]
-        if not all(type(label) is int and label >= 0 for label in labels):
-            what = f"column {self.label_column} of {self.set_name} does not hold labels (integers from 0)"
-            raise ValueError(f"{what}; change data.dataset.label_column")
-        return labels
+    def _find_labels(self, named: type) -> str | None:
+        kinds = {column: str(getattr(feature, "dtype", "")) for column, feature in self.rows.features.items()}
+        fit = [c for c in ("label", "labels") if kinds.get(c, "").startswith(("int", "uint", "string", "large_string"))]
+        column = self._only(named, "label", optional=True) or next(iter(fit), None)
+        if column is not None and (bad := _no_labels(self.rows.with_format(None)[column][:])):
+            what = "%s [%s]: column %s holds %s in %d of %d rows; labels are not used"
+            log.warning(what, self.set_name, self.split, column, str(bad[0])[:40], len(bad), len(self.rows))
+            return None
+        return column
 
     @cached_property
+    def _labels_and_classes(self) -> tuple[Sequence[int], Sequence[str]]:
+        if self.label_column is None:
+            return [0] * len(self.rows), []
+        labels = self.rows.with_format(None)[self.label_column][:]
+        if bad := _no_labels(labels):
+            what = f"column {self.label_column} of {self.set_name} [{self.split}] does not hold labels"
+            got = f"(integers from 0 to {MAX_CLASSES - 1:,}, or text) but {str(bad[0])[:40]}"
+            raise ValueError(f"{what} {got}; change data.dataset.label_column")
+        if isinstance(labels[0], str):
+            classes = sorted(set(labels))
+            numbers = {name: number for number, name in enumerate(classes)}
+            return [numbers[label] for label in labels], classes
+        names = getattr(self.rows.features[self.label_column], "names", None)
+        return labels, names or [str(label) for label in range(max(labels) + 1)]
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """One an image."""
+        return self._labels_and_classes[0]
+
+    @property
     def classes(self) -> Sequence[str]:
         """Names, or numbers where the set has no names."""
-        if self.label_column is None:
-            return []
-        feature = self.rows.features[self.label_column]
-        return getattr(feature, "names", None) or [str(label) for label in range(max(self.labels) + 1)]
+        return self._labels_and_classes[1]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -209,6 +237,13 @@ class HuggingFace:
     def fingerprint(self) -> str:
         """That of the library, and the columns."""
         return f"{self.rows._fingerprint} {self.image_column} {self.label_column}"
+
+
+def _no_labels(labels: Sequence[Any]) -> list[Any]:
+    """Those of a column that are no labels: integers from 0, or text."""
+    if any(isinstance(label, str) for label in labels):
+        return [label for label in labels if not isinstance(label, str)]
+    return [label for label in labels if type(label) is not int or not 0 <= label < MAX_CLASSES]
 
 
 def _load(name: str, split: str, config: str | None) -> Any:
@@ -252,9 +287,16 @@ def _offline_unless_reachable(timeout: float = 5.0) -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _downloaded(make: Callable[[], Any], missing: str, advice: str) -> Any:
-    """What torchvision makes, or one line that says what is missing."""
+def _downloaded(make: Callable[[], Any], missing: str, advice: str, archives: Mapping[Path, str]) -> Any:
+    """What torchvision makes, or one line that says what is missing or damaged; `archives` are files and their MD5."""
     try:
         return make()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{missing} and cannot be downloaded ({str(error).splitlines()[0]}); {advice}") from error
+        from torchvision.datasets.utils import check_integrity
+
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        for archive, md5 in archives.items():
+            if archive.exists() and not check_integrity(str(archive), md5):
+                what = f"{archive} is damaged (its MD5 is not {md5}) and cannot be downloaded anew ({reason})"
+                raise ValueError(f"{what}; put a whole one in its place") from error
+        raise ValueError(f"{missing} and cannot be downloaded ({reason}); {advice}") from error

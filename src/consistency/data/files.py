@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from consistency.data.sources import Files
+
+_GRID = "consistency, a grid of images"  # in the PNG's text
 
 
 def image_grid(images: Tensor, columns: int | None = None, min_cell: int = 32) -> Tensor:
@@ -27,8 +33,19 @@ def image_grid(images: Tensor, columns: int | None = None, min_cell: int = 32) -
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write `image_grid` of uint8 images [N, C, H, W] as one PNG."""
-    _write_png(image_grid(images, columns), path)
+    """Write `image_grid` of uint8 images [N, C, H, W] as one PNG, which says that it is one."""
+    _write_png(image_grid(images, columns), path, Software=_GRID)
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is a PNG of `save_grid`, which may be replaced."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _GRID
+    except Exception:  # whatever it is, it is no grid
+        return False
 
 
 def save_pngs(images: Tensor, folder: Path) -> None:
@@ -44,6 +61,32 @@ def save_pngs(images: Tensor, folder: Path) -> None:
         _write_png(image, folder / f"{index:05d}.png")
 
 
+def read_images(source: str | Path) -> Tensor:
+    """uint8 [N, C, H, W] from a folder of images (in the order of their names) or the `arr_0` of an `.npz`.
+
+    Raises:
+        ValueError: in one line, if there are none, or of different sizes.
+    """
+    source = Path(source)
+    if source.is_dir():
+        files = Files(source)
+        arrays = [np.asarray(files.open(index)) for index in range(len(files))]
+        if different := [index for index, array in enumerate(arrays) if array.shape != arrays[0].shape]:
+            name, shape = files.describe(different[0]), list(arrays[different[0]].shape)
+            raise ValueError(f"{name} is {shape}, the first image {list(arrays[0].shape)}; they must be alike")
+        array = np.stack(arrays)
+    else:
+        try:
+            with np.load(source, allow_pickle=False) as contents:
+                array = contents["arr_0"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{source} is no .npz with images in arr_0 ({type(error).__name__})") from error
+    array = array[..., None] if array.ndim == 3 else array
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise ValueError(f"{source} holds {array.dtype} {list(array.shape)}; expected uint8 images [N, H, W, 1 or 3]")
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
 def save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:
     """Write uint8 images as NHWC `arr_0`, and labels as `arr_1` when there are any (ADM's and OpenAI's layout)."""
     arrays: dict[str, Any] = {"arr_0": images.permute(0, 2, 3, 1).contiguous().numpy()}
@@ -55,9 +98,13 @@ def save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _write_png(image: Tensor, path: Path) -> None:
+def _write_png(image: Tensor, path: Path, **text: str) -> None:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = image.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path)
+    notes = PngInfo()
+    for key, value in text.items():
+        notes.add_text(key, value)
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path, pnginfo=notes)

@@ -157,10 +157,17 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError("data.on_device=true needs a cache; set data.dataset.cache_dir, or data.on_device=false")
 
     def identity(self) -> dict[str, Any]:
-        """What a run is trained on: number of images, and checksum of a cached set. A resumed run compares it."""
+        """What a run is trained on: a name for people, number of images, checksum of a cached set (else None)."""
         folder = getattr(self.dataset, "folder", None)
-        digest = read_meta(folder)["sha256"]["images"] if folder is not None else None
-        return {"images": len(self.dataset), "sha256": digest}
+        meta = read_meta(folder) if folder is not None else None
+        source = getattr(getattr(self._source, "func", self._source), "__name__", "images")
+        name = f"{meta['source'] if meta else source}_{self.image_shape[1]}x{self.image_shape[2]}_{len(self.dataset)}"
+        return {"id": name, "images": len(self.dataset), "sha256": meta["sha256"]["images"] if meta else None}
+
+    def images(self, batch_size: int) -> Iterator[Tensor]:
+        """All images of the set, in its order; uint8 [B, C, H, W]."""
+        for indices in torch.arange(len(self.dataset)).split(batch_size):
+            yield self._fetch(indices.tolist())[0]
 
     def sigma_data(self, max_images: int | None = None) -> float:
         """Standard deviation of the pixels in [-1, 1] around their channel mean, over at most `max_images` images.

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+log = logging.getLogger(__name__)
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+MAX_CLASSES = 1_000_000  # a label above it is a mistake, and a list of all classes would not fit into memory
 
 
 class Source(Protocol):
@@ -105,7 +110,7 @@ class Zip:
     def __init__(self, path: str | Path) -> None:
         self.path = _existing(path)
         if not self.path.is_file() or not zipfile.is_zipfile(self.path):
-            raise ValueError(f"{path} is not a zip; change data.dataset.path")
+            raise ValueError(f"{path} is not a zip, or is cut short; change data.dataset.path")
         self.name, self._zip = self.path.stem, _PerProcess(partial(zipfile.ZipFile, self.path))
         infos = {info.filename: info for info in self._zip().infolist()}
         self.names = sorted(name for name in infos if _is_image(name))
@@ -114,6 +119,8 @@ class Zip:
         self.labels: Sequence[int] = self._read_labels() if "dataset.json" in infos else []
         self.classes = [str(label) for label in range(max(self.labels) + 1)] if self.labels else []
         self.labels = self.labels or [0] * len(self.names)
+        if nested := [name for name in infos if name.endswith("/dataset.json")]:
+            log.warning("%s: %s is not read; labels belong into dataset.json at the top of the zip", path, nested[0])
         kept = [*self.names, *(["dataset.json"] if "dataset.json" in infos else [])]
         self._fingerprint = _hash((name, infos[name].file_size, infos[name].CRC) for name in kept)
 
@@ -121,14 +128,18 @@ class Zip:
         try:
             pairs = json.loads(self._zip().read("dataset.json"))["labels"]
             labels = {} if pairs is None else {str(name): label for name, label in pairs}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f'{self.path}: dataset.json is not {{"labels": [[name, label], ...]}}') from error
         if not labels:
             return []
         for name in self.names:
-            if type(labels.get(name)) is not int or labels[name] < 0:
-                got = labels.get(name, "no label")
-                raise ValueError(f"{self.path}: dataset.json has {got} for {name}; need an integer, 0 or more")
+            if type(labels.get(name)) is not int or not 0 <= labels[name] < MAX_CLASSES:
+                got = str(labels.get(name, "no label"))[:40]
+                allowed = f"an integer from 0 to {MAX_CLASSES - 1:,}"
+                raise ValueError(f"{self.path}: dataset.json has {got} for {name}; need {allowed}")
+        if absent := sorted(labels.keys() - set(self.names)):
+            what = "%s: dataset.json names %d images that are not in the zip, %s for one; they are left out"
+            log.warning(what, self.path, len(absent), absent[0])
         return [labels[name] for name in self.names]
 
     def __len__(self) -> int:
@@ -217,17 +228,24 @@ def _open_lmdb(path: Path) -> Any:
     except ImportError as error:
         raise ValueError("reading an LMDB needs a package: pip install 'consistency[lsun]'") from error
     try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
     except lmdb.Error as error:
         raise ValueError(f"{path} cannot be opened as an LMDB ({error}); unpack it anew") from error
+    size = os.stat(path / "data.mdb").st_size
+    need = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if size < need:  # LMDB maps the file: reading beyond its end would kill the process
+        environment.close()
+        raise ValueError(f"{path / 'data.mdb'} is cut short ({size:,} of {need:,} bytes); copy or unpack it anew")
+    return environment
 
 
 def _existing(path: str | Path | None) -> Path:
     if path is None:
         raise ValueError("data.dataset.path is not set; say where the images are")
-    if not Path(path).exists():
+    path = Path(str(path))  # a folder called 2024 arrives as a number
+    if not path.exists():
         raise ValueError(f"{path} does not exist; change data.dataset.path, or see docs/data.md for what goes there")
-    return Path(path)
+    return path
 
 
 def _is_image(name: str) -> bool:

@@ -21,7 +21,9 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, channels: int, *, adm: bool = False) -> None:
         super().__init__()
         if channels < 4 or channels % 2:
-            raise ValueError(f"the noise embedding needs an even number >= 4 of channels, got {channels}")
+            raise ValueError(
+                f"the noise embedding needs an even number >= 4 of channels, got {channels}; change network.channels"
+            )
         self.channels, self.adm = channels, adm
 
     def forward(self, c_noise: Tensor) -> Tensor:

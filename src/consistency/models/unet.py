@@ -37,7 +37,8 @@ class UNet(nn.Module):
         channel_mult: Width factor at each size, from full size down; its length is the number of sizes. In ADM the
             first is also that of the stem.
         num_blocks: Residual blocks at each size.
-        attention_resolutions: Image sizes (not factors) at which attention follows a block.
+        attention_resolutions: Image sizes (not factors) at which attention follows a block; sizes that the network does
+            not have are passed over.
         head_channels: Least channels per attention head; None for `num_heads` heads.
         num_heads: Heads of every attention where `head_channels` is None.
         dropout: Probability in each residual block.
@@ -58,7 +59,8 @@ class UNet(nn.Module):
             and its initialisation.
 
     Raises:
-        ValueError: if the image size cannot be halved often enough, or widths do not divide into heads or groups.
+        ValueError: if an argument is out of range, the image size cannot be halved often enough, or widths do not
+            divide into heads or groups.
     """
 
     def __init__(
@@ -94,14 +96,13 @@ class UNet(nn.Module):
             name: list(arguments[name]) if isinstance(arguments[name], tuple | list) else arguments[name]
             for name in inspect.signature(UNet).parameters
         }
+        _check_range(self.config)
         factor = 2 ** (len(channel_mult) - 1)
         if image_size % factor:
             raise ValueError(
                 f"image_size must be divisible by {factor} for {len(channel_mult)} sizes, got {image_size}; "
                 "change data.image_size or network.channel_mult"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}; change network.dropout")
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.augment_channels, self.adm = augment_channels, adm
         emb_channels, noise_channels = round(emb_channel_mult * channels), round(noise_channel_mult * channels)
@@ -236,6 +237,26 @@ class UNet(nn.Module):
         if self.adm:
             return F.silu(self.linear1(F.silu(self.linear0(emb))) + label_emb)
         return F.silu(self.linear1(F.silu(self.linear0(emb + label_emb))))
+
+
+def _check_range(config: dict[str, Any]) -> None:
+    """Refuse arguments that would fail deep inside, or make a network that is none."""
+    sizes, taps = config["attention_resolutions"], config["resample_filter"]
+    scale, dropout = config["fourier_scale"], config["dropout"]
+    checks = {
+        "image_size": (config["image_size"] >= 1, "at least 1"),
+        "channel_mult": (len(config["channel_mult"]) > 0, "a list of at least one factor"),
+        "num_blocks": (config["num_blocks"] >= 1, "at least 1"),
+        "num_heads": (config["num_heads"] >= 1, "at least 1"),
+        "head_channels": (config["head_channels"] is None or config["head_channels"] >= 1, "at least 1, or None"),
+        "attention_resolutions": (isinstance(sizes, list) and all(s >= 1 for s in sizes), "a list of sizes in pixels"),
+        "fourier_scale": (scale is None or scale > 0, "positive, or None"),
+        "resample_filter": (len(taps) % 2 == 0 and sum(taps) > 0, "an even number of taps, as [1, 3, 3, 1]"),
+        "dropout": (0 <= dropout < 1, "in [0, 1)"),
+    }
+    for name, (holds, allowed) in checks.items():
+        if not holds:
+            raise ValueError(f"{name} must be {allowed}, got {config[name]}; change network.{name}")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ def convert(cfg: DictConfig) -> Path:
     kind = cfg.kind or said["kind"]
     names = ("noise_scale", "sigma_data", "sigma_min", "sigma_max")
     stated = {name: cfg[name] if cfg[name] is not None else said.get(name) for name in names}
-    denoiser = Denoiser(network, **{name: float(value) for name, value in stated.items() if value is not None})
+    try:
+        denoiser = Denoiser(network, **{name: float(value) for name, value in stated.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(str(error).replace("noise.", "")) from error  # the options have no group here
     denoiser.boundary = {"consistency": denoiser.sigma_min, "edm": 0.0, "ect": said.get("boundary", 0.0)}[kind]
     info = {
         "method": "EDM" if kind == "edm" else "consistency",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consistency.data.arrays import histogram, mean_and_std
 from consistency.data.cache import read_meta
-from consistency.data.files import save_grid
+from consistency.data.files import is_grid, save_grid
 from consistency.data.module import ImageDataModule
 from consistency.ops import derive_seed
 
@@ -27,8 +27,8 @@ _SAMPLE = 2_000  # images that the statistics of a set without a cache come from
 
 def prepare(cfg: DictConfig) -> ImageDataModule:
     """Make a data set, say what it is, and write a grid of its images."""
-    if cfg.out is not None and Path(str(cfg.out)).suffix.lower() != ".png":
-        raise ValueError(f"out is {cfg.out}; allowed: a name that ends in .png, or null for no grid")
+    if cfg.out is not None:
+        _check_out(Path(cfg.out), cfg.data.dataset)
     data: ImageDataModule = instantiate(cfg.data, _convert_="object")
     data.setup("fit")
     dataset = data.dataset
@@ -45,6 +45,18 @@ def prepare(cfg: DictConfig) -> ImageDataModule:
         save_grid(picture, Path(cfg.out), columns)
         log.info("grid        %s", cfg.out)
     return data
+
+
+def _check_out(out: Path, dataset: DictConfig) -> None:
+    """Nothing of the user's is replaced, and the grid does not become an image of the set."""
+    for option in ("path", "root", "name"):
+        folder = dataset.get(option)
+        folder = Path(str(folder)) if folder else None
+        if folder is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            what = f"lies in data.dataset.{option}={folder}, among the data"
+            raise ValueError(f"out={out} {what}; set out to a file elsewhere, or out=null for no grid")
+    if out.exists() and not is_grid(out):
+        raise ValueError(f"out={out} exists and is no grid of ours; set out to a new file, or out=null for no grid")
 
 
 def _say_classes(labels: Tensor, names: Sequence[str], num_classes: int) -> None:

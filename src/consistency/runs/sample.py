@@ -25,8 +25,8 @@ def sample(cfg: DictConfig) -> Path:
         raise ValueError(f"out={out} has the ending {ending}; use .png (a grid), .npz, or none (a folder of PNGs)")
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
     sampler = instantiate(cfg.sampler, _convert_="object")
-    _check_sampler(sampler, info.get("method"), cfg.ckpt)
-    device = _device(cfg.device)
+    check_sampler(sampler, info.get("method"), cfg.ckpt)
+    device = find_device(cfg.device)
     denoiser = denoiser.to(device)
     images, labels = sample_images(
         denoiser, sampler, num_samples=cfg.num_samples, seed=cfg.seed, batch_size=cfg.batch_size, labels=cfg.labels
@@ -42,7 +42,7 @@ def sample(cfg: DictConfig) -> Path:
     return out
 
 
-def _check_sampler(sampler: Any, method: str | None, ckpt: str) -> None:
+def check_sampler(sampler: Any, method: str | None, ckpt: str) -> None:
     """Refuse what draws nonsense: one evaluation of a diffusion model, an ODE solver on a consistency model."""
     if method == "EDM" and isinstance(sampler, ConsistencySampler):
         allowed = "sampler=heun (or euler, dpm2, ancestral)"
@@ -76,7 +76,8 @@ def sample_images(
     return torch.cat(batches), all_labels
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU."""
     if name != "auto":
         try:
             return torch.zeros(0, device=name).device

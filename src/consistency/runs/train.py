@@ -20,9 +20,11 @@ from consistency.callbacks.averaging import WeightEMA
 from consistency.callbacks.checkpointing import RunCheckpoint
 from consistency.callbacks.ending import EndOfRun
 from consistency.callbacks.health import TrainingLog
+from consistency.callbacks.quality import QualityCallback
 from consistency.callbacks.randomness import StepSeeds
 from consistency.checkpoints.io import CHECKPOINT, MODEL_FOLDER, load_denoiser, read_checkpoint, save_denoiser
 from consistency.data.module import ImageDataModule, warn_about_sigma_data
+from consistency.methods.distillation import ConsistencyDistillation
 from consistency.models.denoiser import Denoiser
 from consistency.ops import derive_seed
 from consistency.runs.folder import check_same_settings, say_where, set_aside, status_of, write_status
@@ -65,9 +67,14 @@ def train(cfg: DictConfig) -> float | None:
     method = instantiate(cfg.method, _convert_="object")
     if cfg.init_from and checkpoint is None:
         _start_from(method, cfg.init_from)
-    _check_fits(method.denoiser, data, cfg.noise.sigma_data)
+    if isinstance(method, ConsistencyDistillation):
+        log.info("the network is that of teacher=%s; network= is not used", cfg.teacher)
+    _check_fits(method.denoiser, data, sigma_data=cfg.noise.sigma_data, noise_scale=cfg.noise.noise_scale)
     warn_about_sigma_data(data.sigma_data(), method.denoiser.sigma_data)
     callbacks = [StepSeeds(cfg.seed), EndOfRun(cfg.trainer.max_steps), *_parts(cfg.callbacks)]
+    for callback in callbacks:
+        if isinstance(callback, QualityCallback):
+            callback.prepare(data)  # what is missing is said before training starts
     trainer = _trainer(cfg, callbacks, _loggers(cfg, run_dir), run_dir)
 
     if is_first_rank:
@@ -152,23 +159,24 @@ def _check_same_data(before: dict[str, Any] | None, data: ImageDataModule, run_d
         )
 
 
-def _check_fits(denoiser: Denoiser, data: ImageDataModule, sigma_data: float) -> None:
+def _check_fits(denoiser: Denoiser, data: ImageDataModule, *, sigma_data: float, noise_scale: float) -> None:
     """Refuse a network (of a teacher, say) that was made for other images: convolutions would run all the same."""
     if denoiser.image_shape != data.image_shape:
         raise ValueError(
             f"the network is for images {list(denoiser.image_shape)}, the data set has {list(data.image_shape)}; "
-            "change network.image_size and network.in_channels, or teacher"
+            "change data.image_size and data.channels, or teacher"
         )
     if denoiser.num_classes not in (0, data.num_classes):
         raise ValueError(
             f"the network has {denoiser.num_classes} classes, the data set {data.num_classes}; "
             "change network.num_classes (0 for unconditional), or teacher"
         )
-    if denoiser.sigma_data != sigma_data:
-        raise ValueError(
-            f"the teacher was trained with sigma_data {denoiser.sigma_data:g}, noise.sigma_data is {sigma_data:g}; "
-            "change teacher, or noise.sigma_data to the teacher's"
-        )
+    for name, setting in (("sigma_data", sigma_data), ("noise_scale", noise_scale)):
+        if (of_teacher := getattr(denoiser, name)) != setting:
+            raise ValueError(
+                f"the teacher was trained with {name} {of_teacher:g}, noise.{name} is {setting:g}; "
+                f"set noise.{name}={of_teacher:g}, or change teacher"
+            )
 
 
 def _start_from(method: Any, source: str) -> None:

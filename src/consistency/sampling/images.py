@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,22 @@ from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
 from consistency.ops import derive_seed, image_seeds, randn_of_seeds, to_uint8
+
+
+@contextmanager
+def counted(denoiser: Denoiser) -> Iterator[Callable[[], int]]:
+    """Within the context, the function that it yields says how often the denoiser was evaluated."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = denoiser.register_forward_pre_hook(count)
+    try:
+        yield lambda: calls
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

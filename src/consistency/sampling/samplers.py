@@ -189,11 +189,15 @@ class ConsistencySampler:
         if not isinstance(levels, Sequence) or not all(isinstance(level, int | float) for level in levels):
             raise ValueError(f"mid_sigmas must be a list of levels, e.g. sampler.mid_sigmas=[0.821], got {levels}")
 
+    def levels(self, denoiser: Denoiser) -> list[float]:
+        """Noise levels at which the model is evaluated."""
+        return [denoiser.sigma_max, *self.mid_sigmas]
+
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None = None, randn_like: RandnLike = torch.randn_like
     ) -> Tensor:
         """Unit noise [B, C, H, W] -> images."""
-        sigmas = torch.tensor([denoiser.sigma_max, *self.mid_sigmas], dtype=torch.float64)
+        sigmas = torch.tensor(self.levels(denoiser), dtype=torch.float64)
         start = noise * denoiser.sigma_max
         return sample_multistep(
             denoiser, start, sigmas, labels=labels, randn_like=randn_like, sigma_min=denoiser.sigma_min
@@ -220,13 +224,16 @@ class OdeSampler:
         if not self.rho > 0:
             raise ValueError(f"rho must be positive, got {self.rho}; change sampler.rho")
 
+    def levels(self, denoiser: Denoiser) -> list[float]:
+        """Noise levels of the grid, the final 0 included."""
+        low, high = denoiser.sigma_min, denoiser.sigma_max
+        return descending_with_zero(self.num_steps, sigma_min=low, sigma_max=high, rho=self.rho).tolist()
+
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None = None, randn_like: RandnLike = torch.randn_like
     ) -> Tensor:
         """Unit noise [B, C, H, W] -> images."""
-        sigmas = descending_with_zero(
-            self.num_steps, sigma_min=denoiser.sigma_min, sigma_max=denoiser.sigma_max, rho=self.rho
-        )
+        sigmas = torch.tensor(self.levels(denoiser), dtype=torch.float64)
         return self.solver(denoiser, noise * denoiser.sigma_max, sigmas, labels=labels, randn_like=randn_like)
 
 

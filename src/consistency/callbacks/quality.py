@@ -1,0 +1,165 @@
+"""Scores of the samples while a model trains, on all processes together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from consistency.callbacks.averaging import WeightEMA
+from consistency.evaluation.protocol import Evaluation
+
+log = logging.getLogger(__name__)
+
+
+class QualityCallback(Callback):
+    """Every n images (and at the end) measure samples of each sampler: `fd_classifier_onestep`, `fid50k_twostep`, ...
+
+    Samples come from the first average of `WeightEMA`, or from the raw weights where there is none. Ranks draw disjoint
+    parts of the same images that one process would draw. Scores go to every logger, to `trainer.callback_metrics` (so
+    that `ModelCheckpoint(monitor=...)` finds them), and with all that makes them comparable to `quality.jsonl`.
+    Training's random state is not touched.
+
+    Args:
+        evaluation: What is measured.
+        samplers: Name -> sampler.
+        dirpath: Folder of `quality.jsonl`.
+        every_n_images: Images seen between two measurements; 0 for the end only.
+        seed: Of the samples; not the one that is reported at the end, so that a best checkpoint is not chosen on it.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        samplers: dict[str, Callable[..., Tensor]],
+        *,
+        dirpath: str,
+        every_n_images: int = 0,
+        seed: int = 1_000_000,
+    ) -> None:
+        if every_n_images < 0:
+            raise ValueError(
+                f"every_n_images must be 0 (at the end only) or more, got {every_n_images}; "
+                "change callbacks.quality.every_n_images"
+            )
+        self.evaluation, self.samplers, self.dirpath = evaluation, samplers, Path(dirpath)
+        self.every_n_images, self.seed = every_n_images, seed
+        self.best: dict[str, dict[str, float]] = {}
+        self._next = 0
+        self._seconds = 0.0
+        self._prepared: Any = None
+
+    def prepare(self, data: Any) -> None:
+        """Get the extractor and the reference; whatever is missing is said here, before training starts."""
+        if self._prepared is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._prepared = self.evaluation.prepare(data, device)
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        return self.evaluation.names(self._prepared[0])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all scores, once prepared."""
+        return [f"{score}_{name}" for name in self.samplers for score in self._scores]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a monitor that nothing will ever log."""
+        self.prepare(trainer.datamodule)  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in self.names:
+                known = ", ".join(self.names)
+                raise ValueError(f"{type(callback).__name__} monitors {monitor}, which nothing logs; known are {known}")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Find the next multiple of `every_n_images`; start the clock."""
+        self._started, self._seconds = time.perf_counter(), 0.0
+        if self.every_n_images:
+            self._next = (pl_module.progress.images_seen // self.every_n_images + 1) * self.every_n_images
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure when it is due; all ranks come here at the same count."""
+        progress = pl_module.progress
+        is_due = bool(self.every_n_images) and progress.images_seen >= self._next
+        if is_due:
+            self._next = (progress.images_seen // self.every_n_images + 1) * self.every_n_images
+        if is_due or progress.is_over:
+            self.measure(trainer, pl_module)
+
+    def measure(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Measure every sampler with the averaged weights, and log it."""
+        started = time.perf_counter()
+        average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)  # type: ignore[attr-defined]
+        if average is None:
+            rows = self._rows(trainer, pl_module, "raw")
+        else:
+            with average.applied(pl_module) as weights:
+                rows = self._rows(trainer, pl_module, weights)
+        now = time.perf_counter()
+        self._seconds += now - started
+        self._note(trainer, pl_module, rows, self._seconds / max(now - self._started, 1e-9))
+
+    def _rows(self, trainer: L.Trainer, pl_module: Any, weights: str) -> dict[str, dict[str, Any]]:
+        """Name of the sampler -> its row; the extractor is on the device for this long only."""
+        extractor, reference = self._prepared
+        denoiser, was_training = pl_module.denoiser, pl_module.denoiser.training
+        rows = {}
+        try:
+            denoiser.eval()
+            extractor.to(pl_module.device)
+            for name, sampler in self.samplers.items():
+                row = self.evaluation.measure_sampler(
+                    denoiser,
+                    sampler,
+                    extractor,
+                    reference,
+                    seed=self.seed,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                )
+                rows[name] = {**row, "weights": weights}
+        finally:
+            extractor.cpu()
+            denoiser.train(was_training)
+        return rows
+
+    def _note(self, trainer: L.Trainer, pl_module: Any, rows: dict[str, dict[str, Any]], share: float) -> None:
+        """To loggers, monitors, the file, and the list of the best."""
+        progress = pl_module.progress
+        scores = {f"{score}_{name}": row[score] for name, row in rows.items() for score in self._scores}
+        for name, value in scores.items():
+            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+            best = self.best.get(name)
+            if best is None or (value > best["value"] if _higher_is_better(name) else value < best["value"]):
+                self.best[name] = {"value": value, "step": progress.step, "images_seen": progress.images_seen}
+        for logger in trainer.loggers:
+            logger.log_metrics({**scores, "quality_time_share": share}, step=progress.step)
+        if trainer.is_global_zero:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            with (self.dirpath / "quality.jsonl").open("a") as file:
+                for row in rows.values():
+                    file.write(json.dumps({"images_seen": progress.images_seen, "step": progress.step, **row}) + "\n")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        log.info("after %s images: %s", f"{progress.images_seen:,}", shown)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best scores so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best scores."""
+        self.best = state_dict["best"]
+
+
+def _higher_is_better(name: str) -> bool:
+    return name.startswith(("is", "precision", "recall")) and "_std" not in name

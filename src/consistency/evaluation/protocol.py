@@ -1,0 +1,195 @@
+"""A protocol of measurement: the same object in training, after it, and in searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consistency.evaluation.extractors import Extractor, Inception, classifier_extractor, find_inception
+from consistency.evaluation.measure import (
+    batches_of_rank,
+    check,
+    describe,
+    measure,
+    metric_names,
+    needs_features,
+)
+from consistency.evaluation.references import Reference, compute_reference
+from consistency.evaluation.storage import digest_of
+from consistency.models.denoiser import Denoiser
+from consistency.sampling.images import counted, draw_images, labels_of_seed
+
+
+def inception(data: Any, *, weights: str | Path | None = None, cache_dir: str | Path | None = None) -> Extractor:
+    """Inception, whatever the data; see `find_inception` for where its weights come from."""
+    del data, cache_dir
+    return Inception(find_inception(weights))
+
+
+def classifier(data: Any, *, weights: str | Path | None = None, cache_dir: str | Path) -> Extractor:
+    """The small classifier of a data set that is held in memory or in a cache.
+
+    Raises:
+        ValueError: if there is no data set, or its images are decoded on the fly; if weights are named.
+    """
+    if weights is not None:
+        raise ValueError(f"evaluation.weights={weights} is for Inception; a classifier is trained on the data set")
+    dataset: Any = getattr(data, "dataset", None)
+    if not isinstance(getattr(dataset, "images", None), Tensor):
+        what = "there is none" if dataset is None else "its images are not in a cache"
+        raise ValueError(
+            f"a classifier needs the data set, but {what}; use evaluation=full or proxy (Inception), or name data=... "
+            "(in training: callbacks=default for no scores)"
+        )
+    return classifier_extractor(dataset.images, torch.as_tensor(dataset.labels), cache_dir)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, with what, on how many samples.
+
+    Args:
+        extractor: `(data module or None, weights=, cache_dir=) -> Extractor`: `inception` or `classifier`.
+        num_samples: Samples of one measurement; 50,000 is what papers report.
+        cache_dir: Of references and classifiers.
+        weights: File of Inception's weights; None for torch's cache, or a download.
+        batch_size: Samples at a time.
+        metrics: fd, kd, is, precision, recall.
+        allow_few: Measure fewer than 2,048 samples.
+        kid_subset_size: See `kernel_distance`.
+    """
+
+    extractor: Callable[..., Extractor]
+    num_samples: int
+    cache_dir: str
+    weights: str | None = None
+    batch_size: int = 250
+    metrics: Sequence[str] = ("fd",)
+    allow_few: bool = False
+    kid_subset_size: int = 1000
+
+    def __post_init__(self) -> None:
+        for option in ("num_samples", "batch_size"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"evaluation.{option} must be an integer, at least 1, got {value}")
+        metric_names("fid", self.num_samples, self.metrics)  # refuses metrics that do not exist
+
+    def prepare(self, data: Any, device: torch.device | str = "cpu") -> tuple[Extractor, Reference]:
+        """The extractor (on the CPU) and the reference of a data module, checked: what is missing is said now.
+
+        Args:
+            data: An `ImageDataModule` after `setup`.
+            device: Where the features of the reference are computed if they are not in the cache.
+        """
+        extractor = self.make_extractor(data)
+        identity = data.identity()
+        extractor.to(device)
+        reference = compute_reference(
+            data.images(self.batch_size),
+            id=identity["id"],
+            count=identity["images"],
+            extractor=extractor,
+            keep_features=self.keeps_features,
+            cache_dir=self.cache_dir,
+            content_digest=identity["sha256"] or digest_of(data.dataset.images),
+        )
+        extractor.cpu()
+        self.check(extractor, reference)
+        return extractor, reference
+
+    def make_extractor(self, data: Any) -> Extractor:
+        """The extractor, on the CPU; `data` is a data module, or None where there is none."""
+        return self.extractor(data, weights=self.weights, cache_dir=self.cache_dir)
+
+    def check(self, extractor: Extractor, reference: Reference, total: int | None = None) -> None:
+        """Refuse what cannot be measured, before anything is sampled; see `measure.check`."""
+        check(
+            extractor,
+            reference,
+            self.metrics,
+            total=self.num_samples if total is None else total,
+            allow_few=self.allow_few,
+            kid_subset_size=self.kid_subset_size,
+        )
+
+    def measure(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        extractor: Extractor,
+        reference: Reference,
+        total: int | None = None,
+    ) -> dict[str, float]:
+        """Scores of (uint8 images, indices); see `measure.measure`."""
+        return measure(
+            batches,
+            total=self.num_samples if total is None else total,
+            extractor=extractor,
+            reference=reference,
+            metrics=self.metrics,
+            allow_few=self.allow_few,
+            kid_subset_size=self.kid_subset_size,
+        )
+
+    def measure_sampler(
+        self,
+        denoiser: Denoiser,
+        sampler: Any,
+        extractor: Extractor,
+        reference: Reference,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, Any]:
+        """Scores of what a sampler draws from a model, and all that makes them comparable: one row of a table.
+
+        All ranks call it and get the same scores. Rank r draws every world_size-th batch of the images that one process
+        would draw; labels of conditional models are random by seed.
+
+        Args:
+            denoiser: In eval mode.
+            sampler: A `ConsistencySampler` or `OdeSampler`.
+            extractor: On the device that it shall run on.
+            reference: See `prepare`.
+            seed: Of the images.
+            rank: Of this process.
+            world_size: Number of processes.
+            progress: Told the number of images of each batch.
+        """
+        drawn = 0
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal drawn
+            for indices in batches_of_rank(self.num_samples, self.batch_size, rank=rank, world_size=world_size):
+                labels = labels_of_seed(seed, indices.tolist(), denoiser.num_classes)
+                images = draw_images(denoiser, sampler, indices.tolist(), seed=seed, labels=labels)
+                drawn += 1
+                progress(len(indices))
+                yield images, indices
+
+        with counted(denoiser) as evaluations:
+            scores = self.measure(batches(), extractor, reference)
+        nfe = evaluations() // max(drawn, 1)
+        levels = [float(f"{level:.6g}") for level in sampler.levels(denoiser)]
+        drawn_by = {"sampler": repr(sampler), "levels": levels, "nfe": nfe, "seed": seed}
+        return {**scores, **drawn_by, **self.about(extractor, reference)}
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether a reference must hold features, not moments only."""
+        return needs_features(self.metrics)
+
+    def names(self, extractor: Extractor) -> tuple[str, ...]:
+        """Names of the scores."""
+        return metric_names(extractor.prefix, self.num_samples, self.metrics)
+
+    def about(self, extractor: Extractor, reference: Reference, total: int | None = None) -> dict[str, Any]:
+        """What has to stand beside the scores."""
+        return describe(extractor, reference, self.num_samples if total is None else total)

@@ -1,0 +1,157 @@
+"""consistency-evaluate, -curve and -search, from options to files, on the smoke recipes."""
+
+import json
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from consistency import config
+from consistency.runs.evaluate import curve, evaluate
+from consistency.runs.sample import sample
+from consistency.runs.search import search
+from consistency.runs.train import train
+
+config.register()
+JOBS = {
+    "evaluate": (config.validate_evaluate, evaluate),
+    "curve": (config.validate_curve, curve),
+    "search": (config.validate_search, search),
+    "train": (config.validate, train),
+    "sample": (config.validate_sample, sample),
+}
+
+
+def run(command, *overrides):
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        cfg = compose(command, overrides=list(overrides))
+    validate, job = JOBS[command]
+    validate(cfg)
+    return job(cfg)
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A folder with an EDM run and an iCT run that logs its quality."""
+    folder = tmp_path_factory.mktemp("user")
+    for method in ("edm", "ict"):
+        name = f"smoke_{method}"
+        if method == "ict":  # the smoke recipes measure nothing
+            recipe = ["experiment=digits_ict", "evaluation.num_samples=64", "trainer.max_steps=24"]
+            recipe += ["network.channels=8", "data.batch_size=16", "callbacks.quality.every_n_images=0"]
+        else:
+            recipe = ["experiment=smoke_edm"]
+        run(
+            "train",
+            *recipe,
+            f"run_name={name}",
+            f"paths.output_dir={folder / name}",
+            f"paths.cache_dir={folder / 'cache'}",
+        )
+    return folder
+
+
+@pytest.fixture
+def measured(user, tmp_path):
+    """Options of a cheap measurement of the iCT run."""
+    return [
+        f"ckpt={user / 'smoke_ict'}",
+        f"paths.cache_dir={user / 'cache'}",
+        *("evaluation=digits", "evaluation.num_samples=64", "evaluation.batch_size=20"),
+        f"out={tmp_path / 'out.json'}",
+    ]
+
+
+def test_run_logs_its_quality(user):
+    rows = [json.loads(line) for line in (user / "smoke_ict/quality.jsonl").read_text().splitlines()]
+    assert [row["nfe"] for row in rows] == [1, 2]
+    assert "fd_classifier_onestep" in (user / "smoke_ict/metrics.csv").read_text()
+
+
+def test_several_seeds(measured, tmp_path):
+    run("evaluate", *measured, "seeds=[0,1,2]", "sampler=multistep")
+    report = json.loads((tmp_path / "out.json").read_text())
+    values = [row["fd_classifier"] for row in report["rows"]]
+    assert len(set(values)) == 3
+    assert report["summary"]["fd_classifier"]["mean"] == pytest.approx(np.mean(values))
+    assert report["summary"]["fd_classifier"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert report["summary"]["fd_classifier"]["min"] == min(values)
+    row = report["rows"][0]
+    assert (row["nfe"], row["levels"], row["num_samples"], row["weights"]) == (2, [80.0, 0.821], 64, "ema0.999")
+    assert row["reference"] == "digits_8x8_1797"
+
+
+def test_same_numbers_in_any_batch(measured, tmp_path):
+    values = []
+    for size in (20, 64):
+        run("evaluate", *measured, f"evaluation.batch_size={size}")
+        values.append(json.loads((tmp_path / "out.json").read_text())["rows"][0]["fd_classifier"])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_samples_on_disk_give_the_numbers_of_the_model(user, measured, tmp_path):
+    run("evaluate", *measured, "seeds=[5]")
+    expected = json.loads((tmp_path / "out.json").read_text())["rows"][0]["fd_classifier"]
+    for out in ("samples.npz", "samples"):
+        run("sample", f"ckpt={user / 'smoke_ict'}", f"out={tmp_path / out}", "num_samples=64", "seed=5")
+        options = [option for option in measured if not option.startswith("ckpt")]
+        run("evaluate", *options, f"samples={tmp_path / out}", "data=digits")
+        row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
+        assert row["fd_classifier"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_curve(user, measured, tmp_path):
+    out = f"out={tmp_path / 'curve.png'}"
+    rows = run("curve", *measured, out, "steps=[1,2,4]")
+    assert [row["nfe"] for row in rows] == [1, 2, 4]
+    assert all(a > b for row in rows for a, b in zip(row["levels"], row["levels"][1:], strict=False))
+    assert Image.open(tmp_path / "curve.png").size[0] > 300
+    rows = run("curve", *measured, f"ckpt={user / 'smoke_edm'}", out, "heun_steps=[2,3]")
+    assert [row["nfe"] for row in rows] == [3, 5]
+
+
+def test_search_finds_what_the_scan_finds(measured, tmp_path):
+    scan = run("search", *measured, "num_levels=8", "scan=true")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["points"] for row in report["rows"]] == [[index] for index in range(1, 7)]
+    assert scan["fd_classifier"] == min(row["fd_classifier"] for row in report["rows"])
+    assert (tmp_path / "out.png").exists()
+    found = run("search", *measured, "num_levels=8")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert found in [{**row} for row in rows]
+    assert len({tuple(row["points"]) for row in rows}) == len(rows)  # nothing is measured twice
+    assert found["fd_classifier"] == min(row["fd_classifier"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "words"),
+    [
+        ("evaluate", ["ckpt=null"], "ckpt is None; allowed: a run or model"),
+        ("evaluate", ["samples=x.npz"], "one of the two"),
+        ("evaluate", ["ckpt=nowhere"], "ckpt is nowhere"),
+        ("evaluate", ["seeds=[]"], "seeds is"),
+        ("evaluate", ["seeds=[1,1]"], "different integers"),
+        ("evaluate", ["evaluation.metrics=[fdd]"], "unknown metric fdd"),
+        ("evaluate", ["evaluation.allow_few=false"], "64 samples are too few"),
+        ("evaluate", ["evaluation.num_samples=0"], "evaluation.num_samples"),
+        ("evaluate", ["sampler=heun"], "is a consistency model"),
+        ("evaluate", ["evaluation=full", "evaluation.weights=nowhere.pth"], "nowhere.pth is no file"),
+        ("search", ["steps=1"], "steps is 1"),
+        ("search", ["num_levels=2"], "num_levels is 2"),
+        ("search", ["steps=3", "scan=true"], "2 with scan=true"),
+        ("curve", ["steps=[0]"], "steps is"),
+        ("curve", ["out=curve.pdf"], "ends in .png"),
+    ],
+)
+def test_bad_options_are_one_line(measured, command, overrides, words):
+    with pytest.raises(Exception, match=words) as caught:
+        run(command, *measured, *(["out=curve.png"] if command == "curve" else []), *overrides)
+    cause = caught.value.__cause__ if type(caught.value).__name__ == "InstantiationException" else caught.value
+    assert isinstance(cause, ValueError)
+    assert "\n" not in str(cause)
+
+
+def test_model_folder_does_not_say_its_data(user, measured):
+    with pytest.raises(ValueError, match=r"does not say what it was trained on; give data=\.\.\. or reference=FILE"):
+        run("evaluate", *measured, f"ckpt={user / 'smoke_ict/model'}")
