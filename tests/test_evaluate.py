@@ -127,8 +127,9 @@ def test_search_finds_what_the_scan_finds(measured, tmp_path):
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [
-        ("evaluate", ["ckpt=null"], "ckpt is None; allowed: a run or model"),
-        ("evaluate", ["samples=x.npz"], "one of the two"),
+        ("evaluate", ["ckpt=null"], "ckpt or samples is neither; allowed: one of them"),
+        ("evaluate", ["samples=x.npz"], "ckpt or samples is ckpt and samples"),
+        ("evaluate", ["ckpt=null", "samples=tests", "seeds=[1]"], "left out with samples="),
         ("evaluate", ["ckpt=nowhere"], "ckpt is nowhere"),
         ("evaluate", ["seeds=[]"], "seeds is"),
         ("evaluate", ["seeds=[1,1]"], "different integers"),

@@ -138,7 +138,9 @@ def test_ctrl_c_ends_in_one_line(folder, tmp_path):
     """The build of a cache is stopped: one line, no part of a cache."""
     for number in range(1000):
         Image.new("L", (300, 300), number % 256).save(folder / "dark" / f"more{number}.png")
-    code = "import sys; sys.argv[0] = 'consistency-data'; from consistency.cli import data; data()"
+    # A shell starts background jobs, and so perhaps this test, with Ctrl-C ignored.
+    listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; sys.argv[0] = 'consistency-data'; from consistency.cli import data; data()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *mine(folder), f"paths.data_dir={tmp_path / 'data'}"],
         cwd=tmp_path,

@@ -239,12 +239,16 @@ def validate_evaluate(cfg: DictConfig) -> None:
         ValueError: one line, as `validate`.
     """
     subjects = [option for option in ("ckpt", "samples") if cfg[option] is not None]
-    _require(len(subjects) == 1, "ckpt", cfg.ckpt, "a run or model, or null with samples=FOLDER_OR_NPZ; one of the two")
+    given = " and ".join(subjects) or "neither"
+    _require(len(subjects) == 1, "ckpt or samples", given, "one of them: ckpt=RUN_OR_MODEL or samples=FOLDER_OR_NPZ")
     for option in (*subjects, *(["reference"] if cfg.reference is not None else [])):
         _require(Path(str(cfg[option])).exists(), option, cfg[option], "a file or folder that exists")
     seeds = cfg.seeds
     is_list = isinstance(seeds, ListConfig) and len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds)
     _require(is_list and len(set(seeds)) == len(seeds), "seeds", seeds, "a list of different integers, e.g. [0,1,2]")
+    _require(
+        cfg.ckpt is not None or list(seeds) == [0], "seeds", seeds, "left out with samples=, which are drawn already"
+    )
 
 
 def validate_search(cfg: DictConfig) -> None:

@@ -93,6 +93,10 @@ def test_unknown_metric():
         metric_names("fid", 50_000, ["fid"])
 
 
+def test_other_weights_are_a_proxy_at_any_count():
+    assert metric_names("fid", 50_000, published=False) == ("fid50k_proxy",)
+
+
 def test_order_and_batches_do_not_matter(extractor, reference_of, random_images):
     reference, samples = reference_of(random_images(200)), random_images(120, seed=1, brightness=200)
     options = {"total": 120, "extractor": extractor, "reference": reference, "metrics": ALL, "allow_few": True}
@@ -167,7 +171,7 @@ def test_references_that_do_not_fit(extractor, make_extractor, reference_of, ran
         measure([], reference=reference, total=5000, extractor=make_extractor(seed=1))
     with pytest.raises(ValueError, match="was made by inception"):
         measure([], reference=dataclasses.replace(reference, extractor="inception"), **options)
-    with pytest.raises(ValueError, match="subsets of 1000 needs as many"):
+    with pytest.raises(ValueError, match="kd takes subsets of 1000, there are"):
         measure([], reference=reference_of(random_images(60)), metrics=["kd"], **options)
 
 

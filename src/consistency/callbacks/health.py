@@ -92,6 +92,7 @@ class TrainingLog(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         self.last_row = row
+        pl_module.log("loss", row["loss"], on_step=True, on_epoch=False, logger=False, batch_size=1)  # for monitors
         self._reset(step, images)
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(

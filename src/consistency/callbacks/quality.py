@@ -77,8 +77,8 @@ class QualityCallback(Callback):
         self.prepare(trainer.datamodule)  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
-            if monitor is not None and monitor not in self.names:
-                known = ", ".join(self.names)
+            if monitor is not None and monitor not in (*self.names, "loss"):
+                known = ", ".join((*self.names, "loss"))
                 raise ValueError(f"{type(callback).__name__} monitors {monitor}, which nothing logs; known are {known}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -70,7 +70,7 @@ def read_images(source: str | Path) -> Tensor:
     source = Path(source)
     if source.is_dir():
         files = Files(source)
-        arrays = [np.asarray(files.open(index)) for index in range(len(files))]
+        arrays = [_decoded(files, index) for index in range(len(files))]
         if different := [index for index, array in enumerate(arrays) if array.shape != arrays[0].shape]:
             name, shape = files.describe(different[0]), list(arrays[different[0]].shape)
             raise ValueError(f"{name} is {shape}, the first image {list(arrays[0].shape)}; they must be alike")
@@ -85,6 +85,15 @@ def read_images(source: str | Path) -> Tensor:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
         raise ValueError(f"{source} holds {array.dtype} {list(array.shape)}; expected uint8 images [N, H, W, 1 or 3]")
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def _decoded(files: Files, index: int) -> np.ndarray:
+    try:
+        return np.asarray(files.open(index))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{files.describe(index)} cannot be read as an image; replace the file or take it out"
+        ) from error
 
 
 def save_npz(images: Tensor, labels: Tensor | None, path: Path) -> None:

@@ -162,8 +162,8 @@ def classifier_extractor(
     """
     if len(labels) < 2 or labels.min() == labels.max():
         raise ValueError(
-            "a classifier needs labels of at least two classes; use evaluation=proxy (Inception), or callbacks=default "
-            "to train without scores"
+            "a classifier needs labels of at least two classes; use evaluation=proxy (Inception), or "
+            "callbacks.quality=null to train without scores"
         )
     settings = {"content": digest_of(images, labels), "seed": seed, "epochs": epochs, "holdout": holdout}
     settings["version"] = _CLASSIFIER
@@ -245,5 +245,5 @@ def _read_inception(path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # its constructor draws weights first
             return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], buffer)
     except (OSError, EOFError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "it is another kind of file" if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise ValueError(f"{path} does not hold torch-fidelity's Inception ({reason}); see {INCEPTION_URL}") from error

@@ -36,7 +36,9 @@ def needs_features(metrics: Sequence[str]) -> bool:
     return not _NEED_FEATURES.isdisjoint(metrics)
 
 
-def metric_names(prefix: str, total: int, metrics: Sequence[str] = ("fd",)) -> tuple[str, ...]:
+def metric_names(
+    prefix: str, total: int, metrics: Sequence[str] = ("fd",), *, published: bool = True
+) -> tuple[str, ...]:
     """Names of the scores that `measure` returns, in its order.
 
     Inception's say how many samples: `fid50k`, `kid50k`, `is50k`, `precision50k` for exactly 50,000, else
@@ -46,6 +48,7 @@ def metric_names(prefix: str, total: int, metrics: Sequence[str] = ("fd",)) -> t
         prefix: Of the extractor: "fid" or "fd_classifier".
         total: Number of samples.
         metrics: Keys of `METRICS`.
+        published: Whether Inception has the published weights; with others every count is a proxy.
 
     Raises:
         ValueError: for a metric that does not exist.
@@ -54,12 +57,21 @@ def metric_names(prefix: str, total: int, metrics: Sequence[str] = ("fd",)) -> t
         raise ValueError(f"unknown metric {', '.join(unknown)}; evaluation.metrics knows {', '.join(METRICS)}")
     kinds = {"fd": "fid", "kd": "kid"} if prefix == "fid" else {}
     thousands = f"{total / 1000:.3f}".rstrip("0").rstrip(".")
-    suffix = prefix.removeprefix("fd") if prefix != "fid" else f"{thousands}k" + ("" if total == 50_000 else "_proxy")
+    suffix = (
+        prefix.removeprefix("fd")
+        if prefix != "fid"
+        else f"{thousands}k" + ("" if total == 50_000 and published else "_proxy")
+    )
     names = []
     for score in (score for metric in METRICS if metric in metrics for score in METRICS[metric]):
         kind, _, std = score.partition("_")
         names.append(f"{kinds.get(kind, kind)}{suffix}" + (f"_{std}" if std else ""))
     return tuple(names)
+
+
+def names_of(extractor: Extractor, total: int, metrics: Sequence[str]) -> tuple[str, ...]:
+    """`metric_names` of an extractor."""
+    return metric_names(extractor.prefix, total, metrics, published=getattr(extractor, "published", True))
 
 
 def batches_of_rank(total: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
@@ -97,7 +109,7 @@ def check(
         ValueError: unknown metrics, too few samples, or a reference that is missing, another extractor's, or has no
             features where they are needed.
     """
-    metric_names(extractor.prefix, total, metrics)
+    names_of(extractor, total, metrics)
     if total < MIN_SAMPLES:
         if not allow_few:
             raise ValueError(
@@ -120,7 +132,11 @@ def check(
             "only; keep them (keep_features=True), name a reference with images, or ask for [fd, is]"
         )
     if "kd" in metrics and min(total, len(reference.features)) < kid_subset_size:  # type: ignore[arg-type]
-        raise ValueError(f"kd with subsets of {kid_subset_size} needs as many samples; set evaluation.kid_subset_size")
+        least = min(total, len(reference.features))  # type: ignore[arg-type]
+        raise ValueError(
+            f"kd takes subsets of {kid_subset_size}, there are {least} images; set evaluation.kid_subset_size={least} "
+            "or less, or leave kd out of evaluation.metrics"
+        )
 
 
 @cache
@@ -167,7 +183,7 @@ def measure(
     def scores() -> list[float]:
         return _scores(statistics, reference, metrics, kid_subset_size, device)
 
-    names = metric_names(extractor.prefix, total, metrics)
+    names = names_of(extractor, total, metrics)
     result = dict(zip(names, _on_first_rank(scores, len(names)), strict=True))
     if "fd" in metrics and result[names[0]] < SUSPICIOUS and not expect_equal:
         log.warning("%s = %.3g is suspiciously small: are these samples generated?", names[0], result[names[0]])

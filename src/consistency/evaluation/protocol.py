@@ -17,6 +17,7 @@ from consistency.evaluation.measure import (
     describe,
     measure,
     metric_names,
+    names_of,
     needs_features,
 )
 from consistency.evaluation.references import Reference, compute_reference
@@ -44,7 +45,7 @@ def classifier(data: Any, *, weights: str | Path | None = None, cache_dir: str |
         what = "there is none" if dataset is None else "its images are not in a cache"
         raise ValueError(
             f"a classifier needs the data set, but {what}; use evaluation=full or proxy (Inception), or name data=... "
-            "(in training: callbacks=default for no scores)"
+            "(in training: callbacks.quality=null for no scores)"
         )
     return classifier_extractor(dataset.images, torch.as_tensor(dataset.labels), cache_dir)
 
@@ -188,7 +189,7 @@ class Evaluation:
 
     def names(self, extractor: Extractor) -> tuple[str, ...]:
         """Names of the scores."""
-        return metric_names(extractor.prefix, self.num_samples, self.metrics)
+        return names_of(extractor, self.num_samples, self.metrics)
 
     def about(self, extractor: Extractor, reference: Reference, total: int | None = None) -> dict[str, Any]:
         """What has to stand beside the scores."""

@@ -206,6 +206,8 @@ def _moments(arrays: dict[str, np.ndarray], extractor: Extractor, path: Path) ->
             f"reference={path} has moments {list(mean.shape)} and {list(covariance.shape)}, the {extractor.name} has "
             f"{extractor.dim} features; take a reference of the same extractor"
         )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"reference={path} has moments that are not finite; compute it anew")
     if not extractor.digest.startswith(INCEPTION_SHA256):
         log.warning("the moments of %s are of the published Inception, yours is %s", path, extractor.digest)
     return Moments(mean, covariance)

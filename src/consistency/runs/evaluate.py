@@ -161,7 +161,9 @@ def _images_row(cfg: DictConfig) -> dict[str, Any]:
         extractor, reference = evaluation.prepare(data, device)
     else:
         extractor = evaluation.make_extractor(data)
-        reference = _named_reference(cfg.reference, evaluation, extractor.to(device))
+        reference = _named_reference(cfg.reference, evaluation, extractor.to(device), images)
+    if data is not None and cfg.reference is None and images.shape[1:] != data.image_shape:
+        raise _unlike(list(images.shape[1:]), list(data.image_shape))
     total = len(images)
     evaluation.check(extractor, reference, total)
     indices = torch.arange(total).split(evaluation.batch_size)
@@ -176,11 +178,22 @@ def _images_row(cfg: DictConfig) -> dict[str, Any]:
     return {**scores, "samples": str(cfg.samples), **evaluation.about(extractor, reference, total)}
 
 
-def _named_reference(name: str, evaluation: Evaluation, extractor: Extractor) -> Reference:
-    """A reference from an `.npz` file or a folder of images."""
+def _unlike(samples: list[int], reference: list[int]) -> ValueError:
+    return ValueError(
+        f"the samples are {samples} (channels, height, width), the reference {reference}; a score would compare sizes "
+        "or colours, bring them to the same"
+    )
+
+
+def _named_reference(
+    name: str, evaluation: Evaluation, extractor: Extractor, samples: torch.Tensor | None = None
+) -> Reference:
+    """A reference from an `.npz` file or a folder of images; a folder's must be like the samples."""
     keep = evaluation.keeps_features
     if Path(name).is_dir():
         images = read_images(name)
+        if samples is not None and images.shape[1:] != samples.shape[1:]:
+            raise _unlike(list(samples.shape[1:]), list(images.shape[1:]))
         return reference_of_images(images, id=Path(name).name, extractor=extractor, keep_features=keep)
     return read_reference(name, extractor, keep_features=keep)
 

@@ -101,7 +101,8 @@ def train(cfg: DictConfig) -> float | None:
     except Exception as error:
         if is_first_rank:
             write_status(run_dir, state="failed", error=f"{type(error).__name__}: {error}")
-        log.exception("the run failed")
+        if not isinstance(error, ValueError | FloatingPointError):  # these are one line, and the command prints it
+            log.exception("the run failed")
         raise
     finally:
         _finish_wandb(trainer)
@@ -193,6 +194,13 @@ def _start_from(method: Any, source: str) -> None:
 
 def _parts(group: DictConfig) -> list[Any]:
     """Instantiate a dictionary of parts; those set to null are switched off."""
+    for name, part in group.items():
+        if part is not None and "_target_" not in part:
+            options = ", ".join(map(str, part))
+            raise ValueError(
+                f"callbacks.{name!s} has options ({options}) but is not part of this choice; set it to null, or choose "
+                "the group that has it (callbacks=quality, say)"
+            )
     return [instantiate(part, _convert_="object") for part in group.values() if part is not None]
 
 
