@@ -14,6 +14,7 @@ from consistency.evaluation.extractors import (
     extract,
     find_inception,
 )
+from consistency.evaluation.measure import names_of
 
 
 @pytest.fixture
@@ -200,3 +201,9 @@ def test_colour_classifier_learns(tmp_path):
 def test_no_classes():
     with pytest.raises(ValueError, match="at least two classes; use evaluation=proxy"):
         classifier_extractor(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "unused")
+
+
+def test_other_weights_are_not_called_the_published_ones(inception_file):
+    extractor = Inception(inception_file)
+    assert not extractor.published
+    assert names_of(extractor, 50_000, ["fd"]) == ("fid50k_proxy",)

@@ -71,6 +71,7 @@ class Inception(Extractor):
         super().__init__()
         path = find_inception(weights)
         self.digest = digest_of_file(path)[:16]
+        self.published = self.digest.startswith(INCEPTION_SHA256)  # else its scores are named proxies
         self.network = _read_inception(path).requires_grad_(False)
         self.eval()
 

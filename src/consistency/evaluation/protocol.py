@@ -88,8 +88,10 @@ class Evaluation:
             data: An `ImageDataModule` after `setup`.
             device: Where the features of the reference are computed if they are not in the cache.
         """
-        extractor = self.make_extractor(data)
         identity = data.identity()
+        if identity["sha256"] is None and not isinstance(getattr(data.dataset, "images", None), Tensor):
+            raise ValueError("a reference needs the data set in a cache; set data.dataset.cache_dir, or reference=FILE")
+        extractor = self.make_extractor(data)
         extractor.to(device)
         reference = compute_reference(
             data.images(self.batch_size),

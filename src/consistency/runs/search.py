@@ -25,6 +25,10 @@ def search(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"{cfg.ckpt} is a diffusion model, which has no levels to search for; use a consistency model")
     grid = OdeSampler(sample_heun, num_steps=cfg.num_levels).levels(subject.denoiser)[:-1]
     name = subject.evaluation.names(subject.extractor)[0]
+    if not {"fd", "kd"}.intersection(subject.evaluation.metrics):
+        raise ValueError(
+            f"a search needs a distance, got evaluation.metrics={list(subject.evaluation.metrics)}; add fd"
+        )
     rows: list[dict[str, Any]] = []
 
     def score(points: tuple[int, ...]) -> float:
@@ -40,7 +44,8 @@ def search(cfg: DictConfig) -> dict[str, Any]:
         points = min(((index,) for index in range(1, cfg.num_levels - 1)), key=ask)
     else:
         points, _ = greedy_search(ask, cfg.num_levels, cfg.steps - 1, parts=cfg.parts)
-    best = min(rows, key=lambda row: row[name])  # of all that were evaluated
+    # Of all that were evaluated with so many steps: the first points are searched for alone.
+    best = min((row for row in rows if len(row["points"]) == len(points)), key=lambda row: row[name])
     found = next(row for row in rows if row["points"] == list(points))
     out = Path(cfg.out)
     write_json({"best": best, "found": found, "metric": name, "num_levels": cfg.num_levels, "rows": rows}, out)
