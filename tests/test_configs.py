@@ -21,7 +21,7 @@ GROUPS = {
     group: sorted(path.stem for path in (config.CONF_DIR / group).glob("*.yaml"))
     for group in (
         *("metric", "weighting", "optimizer", "curriculum", "draw", "logger", "strategy", "precision", "debug"),
-        *("network", "data"),
+        *("network", "data", "hydra/launcher", "hydra/sweeper"),
     )
 }
 CHOICES = [(group, option) for group, options in GROUPS.items() for option in options]
@@ -226,6 +226,7 @@ def test_sampler_instantiates(sampler):
         (["method=edm", "weighting=inverse_gap"], ["weighting", "inverse_gap", "method=edm"]),
         (["data.batch_size=6", "trainer.accumulate_grad_batches=4"], ["data.batch_size", "6", "multiple"]),
         (["overwrite=maybe"], ["overwrite", "maybe", "true or false"]),
+        (["callbacks=quality"], ["evaluation", "None", "digits, classifier"]),
         (["run_name=../up"], ["run_name", "../up"]),
         (["seed=-1"], ["seed", "-1", "at least 0"]),
         (["network.num_blocks=0"], ["network.num_blocks", "0", "at least 1"]),
@@ -298,7 +299,7 @@ def test_impossible_options_of_consistency_data(overrides, words):
 
 
 def test_every_yaml_says_what_it_is():
-    files = [*config.CONF_DIR.rglob("*.yaml"), *(config.EXPERIMENTS_DIR / "experiment").glob("*.yaml")]
+    files = [*config.CONF_DIR.rglob("*.yaml"), *config.EXPERIMENTS_DIR.rglob("*.yaml")]
     for file in files:
         lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
         assert lines[0].startswith("# "), f"{file} has no first line that says what it is"

@@ -16,6 +16,7 @@ from consistency import config
 from consistency.checkpoints.io import load_model, save_denoiser
 from consistency.models.denoiser import Denoiser
 from consistency.runs.sample import sample
+from consistency.runs.start import start
 from consistency.runs.train import train
 
 config.register()
@@ -30,7 +31,7 @@ def run(folder, name, *overrides):
     """Train under outputs/NAME, as the command would."""
     cfg = composed("train", f"run_name={name}", f"paths.output_dir={folder / 'outputs' / name}", *overrides)
     config.validate(cfg)
-    return train(cfg)
+    return start(cfg, lambda: train(cfg))
 
 
 def draw(folder, ckpt, *overrides, out="images.png"):
@@ -92,7 +93,8 @@ def test_finished_run_stays_as_it_is(folder, caplog):
     model = folder / "outputs/smoke_ict/model/model.safetensors"
     before = model.stat().st_mtime_ns
     with caplog.at_level("INFO"):
-        assert run(folder, "smoke_ict", "experiment=smoke_ict") is None
+        again = run(folder, "smoke_ict", "experiment=smoke_ict")
+    assert again == json.loads((folder / "outputs/smoke_ict/status.json").read_text())["scores"]["loss"]
     assert "finished already" in caplog.text
     assert model.stat().st_mtime_ns == before
 

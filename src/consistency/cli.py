@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import config
+from consistency.runs.folder import RefusedError
+from consistency.runs.start import REFUSED, start
 
 config.register()
 _MAIN = {"config_path": str(config.CONF_DIR), "version_base": "1.3"}
@@ -29,7 +31,7 @@ def train(cfg: DictConfig) -> float | None:
 
         return train(cfg)
 
-    return _one_line_errors(job)
+    return _one_line_errors(lambda: start(cfg, job))
 
 
 @hydra.main(**_MAIN, config_name="sample")
@@ -123,6 +125,13 @@ def curve(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+def report() -> None:
+    """consistency-report: the runs of a study compared. No Hydra: it reads what is on disk."""
+    from consistency.reports.report import main
+
+    sys.exit(main())
+
+
 def _one_line_errors(job: Any) -> Any:
     """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
@@ -138,4 +147,9 @@ def _one_line_errors(job: Any) -> Any:
             raise
         # Hydra wraps what a constructor says; the cause is the line that was written for the user.
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        sys.exit(f"consistency: {cause}".splitlines()[0])
+        print(f"consistency: {cause}".splitlines()[0], file=sys.stderr)
+        sys.exit(REFUSED if isinstance(error, RefusedError) else 1)
+
+
+if __name__ == "__main__":  # python -m consistency.cli: what the launcher of a multirun starts
+    train()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 _NEUTRAL = (
     "run_name",
     "study_name",
+    "variant",
+    "ablation",
+    "sweep",
+    "objective",
     "overwrite",
     "logger",
     "paths",
@@ -40,6 +45,7 @@ _NEUTRAL = (
     "callbacks.log",
     "callbacks.sample_grid",
     "callbacks.checkpoint",
+    "callbacks.prune",
 )
 
 
@@ -52,28 +58,73 @@ class ExperimentsSearchPath(SearchPathPlugin):
 
 
 def register() -> None:
-    """Tell Hydra of the search path and the resolver; harmless when repeated."""
+    """Tell Hydra of the search path and the resolvers; harmless when repeated."""
     plugins = Plugins.instance()
     if ExperimentsSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(ExperimentsSearchPath)
-    OmegaConf.register_new_resolver("consistency.run_name", run_name, replace=True)
+
+    def of_run(*, _root_: DictConfig) -> str:
+        hydra = _hydra(_root_)
+        return run_name(hydra.runtime.choices, hydra.overrides.task) if hydra is not None else "run"
+
+    def of_study(*, _root_: DictConfig) -> str:
+        hydra = _hydra(_root_)
+        return study_name(hydra.runtime.choices) if hydra is not None else "study"
+
+    OmegaConf.register_new_resolver("consistency.run_name", of_run, replace=True)
+    OmegaConf.register_new_resolver("consistency.study_name", of_study, replace=True)
+    OmegaConf.register_new_resolver("consistency.steps", steps_for, replace=True)
+
+
+def steps_for(images: int, batch_size: int) -> int:
+    """Optimizer steps in which a run sees that many images, rounded up.
+
+    In configuration: `trainer.max_steps: ${consistency.steps:25600,${data.batch_size}}`. Runs of different batches are
+    compared fairly after as many images, not after as many steps.
+
+    Raises:
+        ValueError: if one of them is not a positive integer.
+    """
+    for name, value in (("images", images), ("batch size", batch_size)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"${{consistency.steps:IMAGES,BATCH}} takes two positive integers, the {name} is {value}")
+    return -(-images // batch_size)
+
+
+def _hydra(root: DictConfig) -> Any:
+    """Hydra's own configuration: part of the tree until a job starts, a global afterwards, nothing in a notebook."""
+    if "hydra" in root:
+        return root.hydra
+    return HydraConfig.get() if HydraConfig.initialized() else None
 
 
 def run_name(choices: DictConfig, overrides: Sequence[str]) -> str:
-    """Stable name of a run: the experiment (or method and data), and a hash of overrides that change the result.
+    """Stable name of a run: the experiment (or method and data), a hash of overrides that change the result, the seed.
 
-    `digits_ict`, or `digits_ict-5f2a90` with `optimizer.lr=1e-4`; the same command always finds its run again.
+    `digits_ict`, or `digits_ict-5f2a90-seed1` with `optimizer.lr=1e-4 seed=1`; in an ablation the variant's name takes
+    the place of the experiment's. The same command always finds its run again.
     """
-    experiment = choices.get("experiment")
-    base = Path(experiment).name if experiment else f"{choices.get('method')}_{choices.get('data')}"
+    given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    base = given.get("variant", _base_name(choices))
+    named = ("seed",) if "variant" in given else ("seed", "experiment")
     changing = sorted(
         override
         for override in overrides
-        if not override.startswith("experiment=") and not is_neutral(override.lstrip("+~").split("=")[0])
+        if (key := override.lstrip("+~").split("=")[0]) not in named and not is_neutral(key)
     )
-    if not changing:
-        return base
-    return f"{base}-{hashlib.sha256(' '.join(changing).encode()).hexdigest()[:6]}"
+    digest = f"-{hashlib.sha256(' '.join(changing).encode()).hexdigest()[:6]}" if changing else ""
+    return f"{base}{digest}{'-seed' + given['seed'] if 'seed' in given else ''}"
+
+
+def study_name(choices: DictConfig) -> str:
+    """Stable name of a multirun's folder: `ladder_digits_ict` of an ablation or sweep, else `study`."""
+    study = choices.get("ablation") or choices.get("sweep")
+    return f"{Path(study).name}_{_base_name(choices)}" if study else "study"
+
+
+def _base_name(choices: DictConfig) -> str:
+    experiment = choices.get("experiment")
+    return Path(experiment).name if experiment else f"{choices.get('method')}_{choices.get('data')}"
 
 
 def is_neutral(key: str) -> bool:
@@ -87,6 +138,9 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ValueError: one line that says what was got, what is allowed and which option to change.
     """
+    measures = OmegaConf.to_container(cfg, resolve=False)["callbacks"].get("quality") is not None  # type: ignore
+    allowed = "digits, classifier, proxy or full with callbacks=quality"
+    _require(not measures or cfg.get("evaluation") is not None, "evaluation", None, allowed)
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except InterpolationKeyError as error:
@@ -114,9 +168,10 @@ def validate_prepare(cfg: DictConfig) -> None:
 
 
 def _validate_values(cfg: DictConfig) -> None:
-    name = cfg.run_name
-    is_name = isinstance(name, str) and re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", name) is not None
-    _require(is_name, "run_name", repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
+    for option in ("run_name", "study_name"):
+        name = cfg[option]
+        is_name = isinstance(name, str) and re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", name) is not None
+        _require(is_name, option, repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
     _require(isinstance(cfg.overwrite, bool), "overwrite", cfg.overwrite, "true or false")
     _require_integer(cfg, "seed", 0, 2**32 - 1)
     for option in ("trainer.max_steps", "trainer.accumulate_grad_batches"):

@@ -53,6 +53,7 @@ class QualityCallback(Callback):
         self.evaluation, self.samplers, self.dirpath = evaluation, samplers, Path(dirpath)
         self.every_n_images, self.seed = every_n_images, seed
         self.best: dict[str, dict[str, float]] = {}
+        self.last: dict[str, float] = {}
         self._next = 0
         self._seconds = 0.0
         self._prepared: Any = None
@@ -137,6 +138,7 @@ class QualityCallback(Callback):
         """To loggers, monitors, the file, and the list of the best."""
         progress = pl_module.progress
         scores = {f"{score}_{name}": row[score] for name, row in rows.items() for score in self._scores}
+        self.last = scores
         for name, value in scores.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
             best = self.best.get(name)
@@ -153,12 +155,12 @@ class QualityCallback(Callback):
         log.info("after %s images: %s", f"{progress.images_seen:,}", shown)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best scores so far."""
-        return {"best": self.best}
+        """The best scores so far, and the last."""
+        return {"best": self.best, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best scores."""
-        self.best = state_dict["best"]
+        """Restore them; checkpoints of earlier versions have no last ones."""
+        self.best, self.last = state_dict["best"], state_dict.get("last", {})
 
 
 def _higher_is_better(name: str) -> bool:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints.tensors import what_torch_said
+from consistency.files import CHECKPOINT, MODEL_FOLDER
 from consistency.models.denoiser import Denoiser
 
 FORMAT = 2  # 1: as 2, but a Fourier embedding had its halves the other way round
-MODEL_FOLDER = "model"
-CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def save_denoiser(

@@ -28,6 +28,7 @@ import torch
 from consistency.data.arrays import DecodedImages, ImageArray, histogram, mean_and_std
 from consistency.data.cropping import Crop
 from consistency.data.sources import Source
+from consistency.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def cached(
     except OSError as error:
         what = f"{folder.parent} cannot be made a folder ({error.strerror})"
         raise ValueError(f"{what}; change paths.cache_dir, or data.dataset.cache_dir") from error
-    with _lock(folder):
+    with locked(folder):
         if (found := _open(folder)) is None:  # unless another process has built it meanwhile
             images = DecodedImages(source, image_size=image_size, channels=channels, crop=crop, limit=limit)
             _build(images, folder, settings)
@@ -170,20 +171,6 @@ def _write(path: Path, shape: tuple[int, ...], dtype: type, blocks: Any) -> None
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One builder at a time; the system frees the lock when its process ends, however it ends."""
-    import fcntl
-
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that builds %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consistency.evaluation.features import SmallClassifier, train_classifier
-from consistency.evaluation.storage import digest_of, digest_of_file, locked, read_meta, read_tensors, write_tensors
+from consistency.evaluation.storage import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
+from consistency.files import locked
 
 log = logging.getLogger(__name__)
 

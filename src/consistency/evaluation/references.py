@@ -18,7 +18,8 @@ from torch import Tensor
 
 from consistency.evaluation.extractors import INCEPTION_SHA256, PREPROCESSING, Extractor, extract
 from consistency.evaluation.statistics import FeatureStatistics, Moments
-from consistency.evaluation.storage import digest_of, digest_of_file, locked, read_meta, read_tensors, write_tensors
+from consistency.evaluation.storage import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
+from consistency.files import locked
 
 log = logging.getLogger(__name__)
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 def digest_of(*tensors: Tensor) -> str:
@@ -84,18 +80,3 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
         if digest_of(tensor) != sums.get(name):
             raise ValueError(f"{path} is damaged ({name} does not have its checksum)")
     return tensors
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One maker of `path` at a time; the system frees the lock when its process ends, however it ends."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that makes %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.checkpoints.io import CHECKPOINT, MODEL_FOLDER
 from consistency.config import is_neutral
+from consistency.files import CHECKPOINT, MODEL_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ _RUN_FILES = (
     "config.yaml",
     "status.json",
     "metrics.csv",
+    "quality.jsonl",
     "checkpoints",
     MODEL_FOLDER,
     "samples",
@@ -30,16 +31,43 @@ _RUN_FILES = (
 )
 
 
+class RefusedError(ValueError):
+    """This start is wrong, and says nothing of the run that lies in the directory."""
+
+
 def status_of(run_dir: Path) -> dict[str, Any]:
     """What the run last said of itself: state, step, images seen, seconds; empty for a new directory."""
     file = run_dir / "status.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        status = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        log.warning("%s cannot be read; taken as if it were not there", file)
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def objective_of(status: dict[str, Any], name: str | None) -> float | None:
+    """The objective of a run that is over: the score of that name, or the one that it was trained with.
+
+    Raises:
+        RefusedError: if the run did not measure it.
+    """
+    if name is None:
+        return status.get("objective")
+    scores = status.get("scores", {})
+    if name not in scores:
+        raise RefusedError(f"objective={name} was not measured by this run, which has {', '.join(scores) or 'none'}")
+    return scores[name]
 
 
 def write_status(run_dir: Path, **status: Any) -> None:
-    """Write `status.json` in one rename."""
-    partial = run_dir / "status.json.partial"
-    partial.write_text(json.dumps(status, indent=2) + "\n")
+    """Write `status.json` in one rename; what is None is left out."""
+    status = {key: value for key, value in status.items() if value is not None}
+    partial = run_dir / f"status.json.{os.getpid()}.partial"
+    with partial.open("w") as file:
+        file.write(json.dumps(status, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, run_dir / "status.json")
 
 
@@ -69,7 +97,7 @@ def check_same_settings(cfg: DictConfig, run_dir: Path) -> None:
     changed = sorted(key for key in keys if old.get(key) != new.get(key))
     if changed:
         listed = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:5])
-        raise ValueError(
+        raise RefusedError(
             f"{run_dir} was started with other settings ({listed}); use them, or run_name=NAME for another run, or "
             "overwrite=true to set it aside and start afresh"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
@@ -12,22 +11,24 @@ from typing import Any
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.callbacks.averaging import WeightEMA
 from consistency.callbacks.checkpointing import RunCheckpoint
 from consistency.callbacks.ending import EndOfRun
-from consistency.callbacks.health import TrainingLog
+from consistency.callbacks.pruning import PruneTrial
 from consistency.callbacks.quality import QualityCallback
 from consistency.callbacks.randomness import StepSeeds
-from consistency.checkpoints.io import CHECKPOINT, MODEL_FOLDER, load_denoiser, read_checkpoint, save_denoiser
+from consistency.callbacks.wandb_logger import WandbLogger
+from consistency.checkpoints.io import load_denoiser, read_checkpoint, save_denoiser
 from consistency.data.module import ImageDataModule, warn_about_sigma_data
+from consistency.files import CHECKPOINT, MODEL_FOLDER
 from consistency.methods.distillation import ConsistencyDistillation
 from consistency.models.denoiser import Denoiser
-from consistency.ops import derive_seed
-from consistency.runs.folder import check_same_settings, say_where, set_aside, status_of, write_status
+from consistency.runs.folder import RefusedError, say_where, status_of, write_status
+from consistency.runs.objective import check_objective, results
+from consistency.runs.tracking import describe_wandb_run, finish_wandb
 
 log = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
@@ -40,22 +41,13 @@ _EXPECTED_WARNINGS = (
 
 
 def train(cfg: DictConfig) -> float | None:
-    """Train a model into its run directory; started again, continue or say that it is finished.
+    """Train a model into its run directory, from its checkpoint where there is one; called by `runs.start`.
 
     Returns:
-        The last logged loss, for sweeps; None when there was nothing left to do.
+        The objective, for sweeps: a score of `callbacks=quality`, or the last logged loss.
     """
     run_dir = Path(cfg.paths.output_dir)
-    # Other ranks are started by the first one, in the middle of its run: they must not look after the directory.
     is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if is_first_rank:
-        if cfg.overwrite:
-            set_aside(run_dir)
-        check_same_settings(cfg, run_dir)
-    if is_first_rank and status_of(run_dir).get("state") == "finished":
-        log.info("%s is finished already; overwrite=true trains it again, run_name=NAME trains another.", run_dir)
-        say_where(run_dir)
-        return None
     checkpoint = run_dir / CHECKPOINT if (run_dir / CHECKPOINT).exists() else None
     # A damaged file is an error before anything is built.
     before = read_checkpoint(checkpoint).get("consistency", {}) if checkpoint is not None else {}
@@ -75,12 +67,13 @@ def train(cfg: DictConfig) -> float | None:
     for callback in callbacks:
         if isinstance(callback, QualityCallback):
             callback.prepare(data)  # what is missing is said before training starts
+    check_objective(cfg.objective, callbacks)
     trainer = _trainer(cfg, callbacks, _loggers(cfg, run_dir), run_dir)
 
     if is_first_rank:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        write_status(run_dir, state="running")
+        write_status(run_dir, **{**status_of(run_dir), "state": "running", "error": None, "traceback": None})
         count = sum(p.numel() for p in method.denoiser.parameters())
         what = f"{type(method).__name__}, {count:,} parameters, {cfg.trainer.max_steps} steps of {data.batch_size}"
         log.info("%s: %s%s", run_dir, what, f"; continuing from {checkpoint}" if checkpoint else "")
@@ -98,20 +91,22 @@ def train(cfg: DictConfig) -> float | None:
             for expected in _EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message=expected)
             trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except Exception as error:
-        if is_first_rank:
-            write_status(run_dir, state="failed", error=f"{type(error).__name__}: {error}")
-        if not isinstance(error, ValueError | FloatingPointError):  # these are one line, and the command prints it
-            log.exception("the run failed")
-        raise
     finally:
-        _finish_wandb(trainer)
+        finish_wandb(trainer)
 
     facts = {
         "step": method.progress.step,
         "images_seen": method.progress.images_seen,
         "seconds": round(saver.seconds if saver else time.perf_counter() - started, 1),
+        **results(cfg.objective, callbacks),
     }
+    of_search = next((callback for callback in callbacks if isinstance(callback, PruneTrial)), None)
+    if of_search is not None and of_search.pruned:
+        if is_first_rank:
+            write_status(run_dir, state="pruned", **facts)
+            log.info("pruned after %s images: other trials of the search are better", f"{facts['images_seen']:,}")
+            of_search.tell(None)
+        return facts["objective"]
     if not method.progress.is_over:
         if is_first_rank:
             write_status(run_dir, state="interrupted", **facts)
@@ -121,9 +116,11 @@ def train(cfg: DictConfig) -> float | None:
     if is_first_rank:
         _export(method, callbacks, run_dir, cfg)
         write_status(run_dir, state="finished", **facts)
+        if of_search is not None:
+            of_search.tell(facts["objective"])
         log.info("trained %s images in %.0f s", f"{facts['images_seen']:,}", facts["seconds"])
         say_where(run_dir)
-    return next((c.last_row.get("loss") for c in callbacks if isinstance(c, TrainingLog)), None)
+    return facts["objective"]
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run_dir: Path) -> L.Trainer:
@@ -140,13 +137,9 @@ def _trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run_dir:
     )
     settings = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
-        try:
-            logger.log_hyperparams(settings)
-        except Exception as error:
-            if type(error).__module__.startswith("wandb"):
-                advice = "log in with `wandb login`, or use logger.wandb.offline=true"
-                raise ValueError(f"W&B could not start ({str(error).splitlines()[0]}); {advice}") from error
-            raise
+        if isinstance(logger, WandbLogger):
+            logger.trainer = trainer
+        logger.log_hyperparams(settings)
     return trainer
 
 
@@ -154,7 +147,7 @@ def _check_same_data(before: dict[str, Any] | None, data: ImageDataModule, run_d
     """Refuse to continue on other images: their order is a function of how many there are."""
     if before is not None and before != data.identity():
         counts = f"{before['images']:,} images then, {data.identity()['images']:,} now"
-        raise ValueError(
+        raise RefusedError(
             f"{run_dir} was trained on other data ({counts}{', of other content' if before['sha256'] else ''}); bring "
             "them back, or run_name=NAME for another run, or overwrite=true to set it aside and start afresh"
         )
@@ -206,13 +199,8 @@ def _parts(group: DictConfig) -> list[Any]:
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list[Any]:
     wandb = cfg.logger.get("wandb")
-    if wandb is not None and wandb.get("id") is None:
-        # The id stays with the run: a resumed run continues the same curve.
-        file = run_dir / "wandb_id.txt"
-        if not file.exists():
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"{derive_seed('wandb', time.time_ns(), os.getpid()):016x}"[-8:])
-        wandb.id = file.read_text().strip()
+    if wandb is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        describe_wandb_run(wandb, cfg, run_dir)
     return _parts(cfg.logger)
 
 
@@ -233,11 +221,3 @@ def _export(method: Any, callbacks: list[Any], run_dir: Path, cfg: DictConfig) -
             weights = callback.averages[callback.names[0]]
             break
     save_denoiser(method.denoiser, run_dir / MODEL_FOLDER, info, weights)
-
-
-def _finish_wandb(trainer: L.Trainer) -> None:
-    """End the W&B run of this job: the next job of a sweep must not go on in it."""
-    if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
-        import wandb
-
-        wandb.finish()
