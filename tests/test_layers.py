@@ -29,6 +29,7 @@ LAYERS = {
 HEAVY = {"hydra": {6, 7, 8, 9}, "omegaconf": {6, 7, 8, 9}, "lightning": {4, 5, 7}}
 # Never at module level: they cost seconds, or are optional.
 LAZY_ONLY = {
+    "optuna",
     "wandb",
     "torch_fidelity",
     "lpips",

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,70 +13,110 @@ from safetensors.torch import load_file
 
 COMMAND = Path(sys.executable).parent / "consistency-train"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SETTINGS = ["-m", "experiment=smoke_ict", "trainer.max_steps=4"]
+ABLATION = """# @package _global_
+# What is right, what cannot be built, what does not compose. ablation=mine
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    variants:
+      good: [network.channels=8]
+      broken: [network.channels=7]
+      nothing: [metric=nope]
+"""
+STUDY = ["--config-dir", "my conf", "experiment=smoke_ict", "ablation=mine", "trainer.max_steps=4", "seed=0,1"]
 
 
 def command(*overrides, cwd, code=0):
-    done = subprocess.run(
-        [COMMAND, *SETTINGS, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([COMMAND, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A grid with one broken value (7 channels), and what was said."""
+    """A study of the user's own with two bad variants of three, and what was said."""
     folder = tmp_path_factory.mktemp("user")
-    return folder, command("network.channels=8,7", "seed=0,1", "study_name=grid", cwd=folder, code=1)
+    (folder / "my conf/ablation").mkdir(parents=True)
+    (folder / "my conf/ablation/mine.yaml").write_text(ABLATION)
+    return folder, command(*STUDY, cwd=folder, code=1)
 
 
-def states(folder):
-    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "outputs/grid").glob("*/status.json")}
+def states(folder, study):
+    return {
+        path.parent.name: json.loads(path.read_text()) for path in (folder / "outputs" / study).glob("*/status.json")
+    }
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(swept):
     folder, said = swept
-    runs = states(folder)
-    assert sorted(run["state"] for run in runs.values()) == ["failed", "failed", "finished", "finished"]
-    assert "2 runs finished, 2 failed" in said
-    assert said.count("failed: experiment=smoke_ict trainer.max_steps=4 network.channels=7") == 2
+    runs = states(folder, "mine_smoke_ict")
+    assert sorted(run["state"] for run in runs.values()) == ["failed"] * 4 + ["finished"] * 2
+    assert "2 runs finished, 4 failed" in said
+    for seed in (0, 1):
+        assert f"failed: seed={seed} variant=broken: the noise embedding needs an even number" in said
+        assert f"failed: seed={seed} variant=nothing: In 'method/ct': Could not find 'metric/nope'" in said
     for name, run in runs.items():
         if run["state"] == "failed":
-            assert "channels" in run["error"]
+            log = (folder / "outputs/mine_smoke_ict" / name / "train.log").read_text()
+            assert ("network.channels" in run["error"]) or ("nope" in run["error"])
             assert "Traceback" in run["traceback"]
-            assert "Traceback" in (folder / "outputs/grid" / name / "train.log").read_text()
-            assert "Traceback" not in (folder / "outputs/grid" / name / "console.log").read_text()
+            assert "Traceback" in log
+    listed = json.loads((folder / "outputs/mine_smoke_ict/study.json").read_text())["runs"]
+    assert listed.keys() == runs.keys()
+    assert sorted(name.split("-")[0] for name in listed) == ["broken"] * 2 + ["good"] * 2 + ["invalid"] * 2
 
 
 def test_the_same_command_skips_what_is_finished_and_tries_the_rest_again(swept):
     folder, _ = swept
     models = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     failed = {path: path.stat().st_mtime_ns for path in folder.rglob("status.json") if "failed" in path.read_text()}
-    said = command("network.channels=8,7", "seed=0,1", "study_name=grid", cwd=folder, code=1)
-    assert "2 runs finished, 2 failed" in said
+    assert len(models) == 2
+    assert "2 runs finished, 4 failed" in command(*STUDY, cwd=folder, code=1)
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert all(path.stat().st_mtime_ns > before for path, before in failed.items())
-    listed = json.loads((folder / "outputs/grid/study.json").read_text())["runs"]
-    assert listed.keys() == states(folder).keys()
 
 
 def test_nothing_leaks_between_runs_in_one_process(swept):
     """Hydra's own launcher trains both in one process: the second must equal the one that had a process to itself."""
     folder, _ = swept
-    command("network.channels=8", "seed=0,1", "study_name=basic", "hydra/launcher=basic", cwd=folder)
-    own = load_file(next((folder / "outputs/grid").glob("*-seed1/model/model.safetensors")))
+    same = ["experiment=smoke_ict", "network.channels=8", "trainer.max_steps=4", "seed=0,1"]
+    command("-m", *same, "study_name=basic", "hydra/launcher=basic", cwd=folder)
+    own = load_file(next((folder / "outputs/mine_smoke_ict").glob("good-*-seed1/model/model.safetensors")))
     shared = load_file(next((folder / "outputs/basic").glob("*-seed1/model/model.safetensors")))
     assert all((own[name] == shared[name]).all() for name in own)
-    assert len(list((folder / "outputs/basic").glob("*/status.json"))) == 2
+    assert len(states(folder, "basic")) == 2
+
+
+def test_a_killed_study_goes_on(tmp_path):
+    """SIGKILL of the launcher: what is finished stays, what was under way saves by itself and continues."""
+    study = ["-m", "experiment=smoke_ict", "seed=0,1,2", "trainer.max_steps=200", "hydra.launcher.slots=1"]
+    launcher = subprocess.Popen([COMMAND, *study], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    second = tmp_path / "outputs/study/smoke_ict-seed1/metrics.csv"
+    deadline = time.monotonic() + 300
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    before = (tmp_path / "outputs/study/smoke_ict-seed0/model/model.safetensors").stat().st_mtime_ns
+    said = command(*study, cwd=tmp_path)  # at once: it waits for the run that still saves
+    assert "3 runs finished, 0 failed" in said
+    runs = states(tmp_path, "study")
+    assert {name: (run["state"], run["step"]) for name, run in runs.items()} == {
+        f"smoke_ict-seed{seed}": ("finished", 200) for seed in (0, 1, 2)
+    }
+    assert (tmp_path / "outputs/study/smoke_ict-seed0/model/model.safetensors").stat().st_mtime_ns == before
+    log = (tmp_path / "outputs/study/smoke_ict-seed1/train.log").read_text()
+    assert "stopped at step" in log
+    assert "continuing from" in log
 
 
 def test_other_launchers_and_several_devices(tmp_path):
     """submitit's local executor; two processes a run, which must not start the multirun again."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    several = ["strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
-    command(*several, "seed=0,1", "study_name=cluster", "hydra/launcher=submitit_local", cwd=tmp_path)
-    runs = [json.loads(path.read_text()) for path in (tmp_path / "outputs/cluster").glob("*/status.json")]
-    assert [run["state"] for run in runs] == ["finished", "finished"]
-    assert {run["images_seen"] for run in runs} == {4 * 16}
+    several = ["strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=4"]
+    where = ["study_name=cluster", "hydra/launcher=submitit_local"]
+    command("-m", "experiment=smoke_ict", *several, "seed=0,1", *where, cwd=tmp_path)
+    runs = states(tmp_path, "cluster")
+    assert [run["state"] for run in runs.values()] == ["finished", "finished"]
+    assert {run["images_seen"] for run in runs.values()} == {4 * 16}
     assert len(json.loads((tmp_path / "outputs/cluster/study.json").read_text())["runs"]) == 2

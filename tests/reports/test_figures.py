@@ -53,6 +53,11 @@ def test_odd_scores_are_drawn(two_metrics, study, odd):
     assert is_png(draw_choice(choice, [ONESTEP], "a.png"))
 
 
+def test_scores_that_are_all_nan_have_no_curve(study):
+    study.run("a", "seed=0", scores=(math.nan, math.nan))
+    assert draw_quality(groups_of(study.note()), ONESTEP, "a.png") is None
+
+
 def test_a_grid_has_a_figure_an_axis(study):
     for metric in ("l2", "pseudo_huber"):
         for lr in (0.001, 0.01, 0.1):

@@ -149,8 +149,9 @@ class QualityCallback(Callback):
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
             with (self.dirpath / "quality.jsonl").open("a") as file:
-                for row in rows.values():
-                    file.write(json.dumps({"images_seen": progress.images_seen, "step": progress.step, **row}) + "\n")
+                for name, row in rows.items():
+                    about = {"images_seen": progress.images_seen, "step": progress.step, "name": name}
+                    file.write(json.dumps({**about, **row}) + "\n")
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         log.info("after %s images: %s", f"{progress.images_seen:,}", shown)
 

@@ -53,4 +53,4 @@ def shown(overrides: Sequence[str], all_overrides: Sequence[Sequence[str]]) -> s
     """What tells these overrides from the others; what a variant sets comes after its name."""
     end = next((i + 1 for i, entry in enumerate(overrides) if entry.startswith("variant=")), len(overrides))
     different = [entry for entry in overrides[:end] if not all(entry in other for other in all_overrides)]
-    return " ".join(different) or " ".join(overrides)
+    return " ".join(different) or " ".join(overrides[:end])

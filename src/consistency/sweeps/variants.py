@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.sweeps.launcher import LocalLauncher
-from consistency.sweeps.study import in_one_line, note_runs
+from consistency.sweeps.study import in_one_line, note_runs, shown
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,10 @@ class StudySweeper(Sweeper):
         folder = Path(str(self.config.hydra.sweep.dir))
         failed = [result for result in results if result.status != JobStatus.COMPLETED]
         log.info("%s: %d runs finished, %d failed", folder, len(results) - len(failed), len(failed))
+        everything = [result.overrides or [] for result in results]
         for result in failed:
             why = next(iter(str(result._return_value).splitlines()), "")
-            log.error("failed: %s: %s", " ".join(result.overrides or []), why)
+            log.error("failed: %s: %s", shown(result.overrides or [], everything), why)
         log.info("compare them: consistency-report %s", folder)
         if failed:
             sys.exit(1)
