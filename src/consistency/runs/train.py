@@ -94,10 +94,21 @@ def train(cfg: DictConfig) -> float | None:
     finally:
         finish_wandb(trainer)
 
+    seconds = saver.seconds if saver else time.perf_counter() - started
+    return _end(cfg, method, callbacks, run_dir, seconds)
+
+
+def _end(cfg: DictConfig, method: Any, callbacks: list[Any], run_dir: Path, seconds: float) -> float | None:
+    """Write down how far the run came, and export the model of one that is finished.
+
+    Raises:
+        SystemExit: if it was stopped before its end.
+    """
+    is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     facts = {
         "step": method.progress.step,
         "images_seen": method.progress.images_seen,
-        "seconds": round(saver.seconds if saver else time.perf_counter() - started, 1),
+        "seconds": round(seconds, 1),
         **results(cfg.objective, callbacks),
     }
     of_search = next((callback for callback in callbacks if isinstance(callback, PruneTrial)), None)
@@ -112,7 +123,8 @@ def train(cfg: DictConfig) -> float | None:
             write_status(run_dir, state="interrupted", **facts)
             log.info("stopped at step %d; the same command continues from the last checkpoint.", facts["step"])
         # What stopped it was a signal, or a limit of the trainer such as max_time.
-        raise SystemExit(128 + saver.interrupted_by if saver is not None and saver.interrupted_by else 1)
+        number = next((callback.interrupted_by for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
+        raise SystemExit(128 + number if number else 1)
     if is_first_rank:
         _export(method, callbacks, run_dir, cfg)
         write_status(run_dir, state="finished", **facts)
