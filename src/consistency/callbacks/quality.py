@@ -145,7 +145,9 @@ class QualityCallback(Callback):
             if best is None or (value > best["value"] if _higher_is_better(name) else value < best["value"]):
                 self.best[name] = {"value": value, "step": progress.step, "images_seen": progress.images_seen}
         for logger in trainer.loggers:
-            logger.log_metrics({**scores, "quality_time_share": share}, step=progress.step)
+            logger.log_metrics(
+                {**scores, "images_seen": progress.images_seen, "quality_time_share": share}, step=progress.step
+            )
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
             with (self.dirpath / "quality.jsonl").open("a") as file:
