@@ -1,5 +1,6 @@
 """Every configuration file on disk composes, and every recipe can be built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,22 @@ class TestRunName:
     def test_without_a_recipe_is_method_and_data(self):
         choices = {"experiment": None, "method": "ct", "data": "digits"}
         assert config.run_name(choices, []) == "ct_digits"
+
+
+@pytest.mark.parametrize(
+    ("cfg", "variants", "words"),
+    [
+        ({"ablation": {}, "variant": None}, {}, "ablation=mine must begin with '# @package _global_'"),
+        ({"variant": None}, {"a": []}, "needs hydra.mode: MULTIRUN"),
+    ],
+)
+def test_an_ablation_never_trains_one_ordinary_run(cfg, variants, words):
+    hydra = {"sweeper": {"variants": variants}, "runtime": {"choices": {"ablation": "mine", "sweep": None}}}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.validate_variants(OmegaConf.create(cfg), OmegaConf.create(hydra))
+    config.validate_variants(
+        OmegaConf.create({"variant": "a"}), OmegaConf.create({**hydra, "sweeper": {"variants": {"a": []}}})
+    )
 
 
 def test_conf_dir_is_found():

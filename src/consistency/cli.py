@@ -26,6 +26,7 @@ def train(cfg: DictConfig) -> float | None:
     """consistency-train: train a model, or continue its training."""
 
     def job() -> float | None:
+        config.validate_variants(cfg, HydraConfig.get())
         config.validate(cfg)
         from consistency.runs.train import train
 

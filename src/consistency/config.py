@@ -127,6 +127,29 @@ def _base_name(choices: DictConfig) -> str:
     return Path(experiment).name if experiment else f"{choices.get('method')}_{choices.get('data')}"
 
 
+def is_name(name: object) -> bool:
+    """Whether this can be the name of a folder of runs."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", name) is not None
+
+
+def validate_variants(cfg: DictConfig, hydra: Any) -> None:
+    """Refuse an ablation that would train one ordinary run.
+
+    Args:
+        cfg: Of the run.
+        hydra: Hydra's own configuration.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    for group in ("ablation", "sweep"):
+        if group in cfg:
+            raise ValueError(f"{group}={hydra.runtime.choices.get(group)} must begin with '# @package _global_'")
+    has_variants = bool(hydra.sweeper.get("variants"))
+    if has_variants and cfg.variant is None:
+        raise ValueError("the ablation has variants; it needs hydra.mode: MULTIRUN in its file, or -m in the command")
+
+
 def is_neutral(key: str) -> bool:
     """Whether a setting leaves the result of a run as it is."""
     return any(key == neutral or key.startswith((f"{neutral}.", f"{neutral}@")) for neutral in _NEUTRAL)
@@ -170,8 +193,7 @@ def validate_prepare(cfg: DictConfig) -> None:
 def _validate_values(cfg: DictConfig) -> None:
     for option in ("run_name", "study_name"):
         name = cfg[option]
-        is_name = isinstance(name, str) and re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", name) is not None
-        _require(is_name, option, repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
+        _require(is_name(name), option, repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
     _require(isinstance(cfg.overwrite, bool), "overwrite", cfg.overwrite, "true or false")
     _require_integer(cfg, "seed", 0, 2**32 - 1)
     for option in ("trainer.max_steps", "trainer.accumulate_grad_batches"):

@@ -154,3 +154,20 @@ def test_null_and_absent_are_the_same(study):
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("_partial_: true", "_partial_: true\n  c: null", 1))
     assert list(members(study.note()).values()) == [["a", "b"]]
+
+
+def test_settings_that_follow_others_differ_where_these_do(study):
+    """`start: ${curriculum.end}` of the constant curriculum, `${curriculum.start}` of the doubling one."""
+    from consistency.reports.settings import compared_settings
+    from consistency.reports.study import Run
+
+    settings = {"a": 1, "b": 2}
+    runs = [
+        Run("x", study.path, settings={**settings, "c": 1}, references={"c": "${a}"}),
+        Run("y", study.path, settings={**settings, "c": 2}, references={"c": "${b}"}),
+    ]
+    first, second = compared_settings(runs)
+    assert first != second
+    runs[1].references["c"] = "${a}"
+    first, second = compared_settings(runs)
+    assert first == second

@@ -1,5 +1,6 @@
 """Which runs a study has."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from consistency.sweeps.launcher import LocalLauncher
-from consistency.sweeps.study import shown
+from consistency.sweeps.study import note_runs, shown
 from consistency.sweeps.variants import StudySweeper
 
 VARIANTS = {"a": ["metric=l2"], "b": ["metric=l1", "optimizer.lr=0.1"]}
@@ -19,7 +20,7 @@ def raw_errors(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
 
-def jobs(tmp_path, *arguments, results=lambda job: JobStatus.COMPLETED, **settings):
+def jobs(tmp_path, *arguments, results=lambda job: JobStatus.COMPLETED, study_name="s", **settings):
     """Overrides of the runs that the sweeper launches."""
     launched = []
 
@@ -30,7 +31,7 @@ def jobs(tmp_path, *arguments, results=lambda job: JobStatus.COMPLETED, **settin
 
     sweeper = StudySweeper(**settings)
     sweeper.hydra_context = SimpleNamespace(config_loader=None)
-    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "study_name": study_name})
     sweeper.launcher = Launcher()
     sweeper.sweep(list(arguments))
     return launched
@@ -96,3 +97,22 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         jobs(tmp_path, "variant=c", variants=VARIANTS)
     assert caught.value.code == "consistency: variant must be of a, b, got c"
+
+
+def test_nothing_is_written_outside_of_outputs(tmp_path):
+    with pytest.raises(ValueError, match="study_name must be of letters"):
+        jobs(tmp_path / "new", study_name="a/../../..")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_variant_is_a_list(tmp_path):
+    with pytest.raises(ValueError, match=r"variants\.a must be a list of overrides"):
+        jobs(tmp_path, variants={"a": "metric=l2"})
+
+
+def test_a_damaged_list_of_runs_is_set_aside(tmp_path, caplog):
+    (tmp_path / "study.json").write_text('{"study": "s", "ru')
+    note_runs(tmp_path, "s", {"a": ["x=1"]})
+    assert "study.json is damaged" in caplog.text
+    assert list(json.loads((tmp_path / "study.json").read_text())["runs"]) == ["a"]
+    assert len(list(tmp_path.glob("study.damaged-*"))) == 1

@@ -25,13 +25,15 @@ class Target(str):
 
 def compared_settings(runs: Sequence[Run]) -> list[Settings | None]:
     """The settings that make the result of each run: without seed, names, paths, and what follows other settings."""
-    having: dict[str, list[bool]] = {}
+    having: dict[str, set[str | None]] = {}
     for run in runs:
         for key in run.settings or ():
             parts = key.split(".")
             prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-            having.setdefault(key, []).append(any(prefix in run.references for prefix in prefixes))
-    follows = {key for key, said in having.items() if all(said)}
+            followed = next((run.references[prefix] for prefix in prefixes if prefix in run.references), None)
+            having.setdefault(key, set()).add(followed)
+    # Where runs follow different settings, as `${curriculum.start}` and `${curriculum.end}`, that is a difference.
+    follows = {key for key, followed in having.items() if len(followed) == 1 and None not in followed}
     return [None if run.settings is None else dict(_own(run, follows)) for run in runs]
 
 

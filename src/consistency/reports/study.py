@@ -35,10 +35,11 @@ class Run:
     seconds: float | None = None
     error: str = ""  # its last line; the traceback is in the run's own log
     settings: dict[str, Any] | None = None  # config.yaml, "metric.c" -> value; None where there is none
-    references: frozenset[str] = frozenset()  # settings that follow others, as `seed: ${seed}`
+    references: dict[str, str] = field(default_factory=dict)  # settings that follow others: `seed` -> `${seed}`
     curves: dict[str, Curve] = field(default_factory=dict)  # score -> its curve
     loss: Curve = field(default_factory=dict)
     levels: Curve = field(default_factory=dict)  # N(k)
+    last: dict[str, float] = field(default_factory=dict)  # scores of status.json
     protocol: dict[str, Any] = field(default_factory=dict)  # what stands beside the last score
     damage: tuple[str, ...] = ()
 
@@ -75,9 +76,9 @@ class Run:
         return self.loss if score == "loss" else self.curves.get(score, {})
 
     def final(self, score: str) -> float | None:
-        """A score at the last place where it was measured; None where it never was."""
+        """A score at the last place where it was measured, else what the status says; None where it never was."""
         curve = self.curve(score)
-        return curve[max(curve)] if curve else None
+        return curve[max(curve)] if curve else self.last.get(score)
 
 
 @dataclass
@@ -196,7 +197,7 @@ def _read_settings(run: Run, damage: list[str]) -> dict[str, Any]:
             damage.append(file.name)
     try:
         composed = read_yaml(run.path / ".hydra" / "config.yaml")
-        run.references = frozenset(key for key, value in _flat(composed) if isinstance(value, str) and "${" in value)
+        run.references = {key: value for key, value in _flat(composed) if isinstance(value, str) and "${" in value}
     except (OSError, ValueError):
         pass  # not of a run's own files; only needed for a shorter list of differences
     return tree
@@ -217,6 +218,9 @@ def _read_status(run: Run, damage: list[str]) -> None:
     run.state = state if state in _STATES else "unfinished"  # "running" may be of a process that was killed
     run.step, run.images_seen = whole(status.get("step")), whole(status.get("images_seen"))
     run.seconds = number(status.get("seconds"))
+    scores = status.get("scores")
+    scored = scores.items() if isinstance(scores, dict) else ()
+    run.last = {str(name): value for name, given in scored if (value := number(given)) is not None}
     run.error = (str(status.get("error") or status.get("traceback") or "").strip().splitlines() or [""])[-1]
     if run.settings is None and not damage and run.state in ("finished", "interrupted", "pruned"):
         damage.append("config.yaml")  # those have had one; a run that failed early has not

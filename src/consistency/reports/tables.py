@@ -119,6 +119,12 @@ def remarks(study: Study, groups: Sequence[Group], scores: Sequence[str]) -> lis
         said.append(f"{len(finished)} of {len(runs)} runs are finished; {others}. Means are over finished runs only.")
     if study.damage:
         said.append(f"Damaged: {', '.join(study.damage)}; the runs are those that lie in the folder.")
+    if harmed := [run.folder for run in finished if run.damage]:
+        said.append(f"Files of finished runs are damaged ({', '.join(harmed)}): see the table of runs.")
+    for group in groups:
+        seeds = [run.seed for run in group.runs]
+        if len(set(map(str, seeds))) < len(seeds):
+            said.append(f"{group.label}: runs of the same seed stand in one row; nothing in their settings differs.")
     budgets = sorted({run.images_seen for run in finished if run.images_seen is not None})
     if len(budgets) > 1:
         listed = ", ".join(f"{count:,}" for count in budgets[:5]) + (", ..." if len(budgets) > 5 else "")

@@ -174,7 +174,8 @@ class LocalLauncher(Launcher):
                 status = _write_down(job.run_dir, code, status)
             line = status.get("error", f"exit code {code}")
         job.result.status, job.result.return_value = JobStatus.FAILED, RuntimeError(line)
-        log.error("%s FAILED %s: %s (%s)", counted, job.label, line, job.run_dir / "train.log")
+        how = "stopped" if line == "stopped" else "FAILED "
+        log.error("%s %s %s: %s (%s)", counted, how, job.label, line, job.run_dir / "train.log")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -212,7 +213,7 @@ def _label(jobs: list[Job]) -> None:
         if other is not job:
             raise ValueError(
                 f"two runs would share {job.run_dir} ({' '.join(other.overrides)}, {' '.join(job.overrides)}); leave "
-                "run_name out, or let it differ between runs"
+                "run_name out, and values that are given twice"
             )
 
 

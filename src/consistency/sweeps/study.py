@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from consistency.config import is_name
 from consistency.files import locked
+
+log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 INVALID = "invalid-"  # begins the name of a run that does not compose
@@ -32,7 +37,7 @@ def note_runs(folder: Path, name: str, runs: Mapping[str, Sequence[str]]) -> Non
     """Add runs (directory -> overrides) to the list, which keeps what earlier commands put there."""
     file = folder / STUDY_FILE
     with locked(file):
-        listed = json.loads(file.read_text()) if file.exists() else {}
+        listed = _read(file)
         command = shlex.join(["consistency-train", *sys.argv[1:]])
         earlier = {
             run: about for run, about in listed.get("runs", {}).items() if not _is_over(folder / run, about, runs)
@@ -41,6 +46,32 @@ def note_runs(folder: Path, name: str, runs: Mapping[str, Sequence[str]]) -> Non
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps({"study": name, "command": command, "runs": known}, indent=1) + "\n")
         os.replace(partial, file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The list; a damaged one is set aside, the runs are in their folders all the same."""
+    if not file.exists():
+        return {}
+    try:
+        listed = json.loads(file.read_text())
+        if isinstance(listed, dict) and isinstance(listed.get("runs", {}), dict):
+            return listed
+    except ValueError:
+        pass
+    aside = file.with_suffix(f".damaged-{time.time_ns()}")
+    file.rename(aside)
+    log.warning("%s is damaged; set aside as %s and begun anew", file, aside.name)
+    return {}
+
+
+def check_folder(name: object) -> None:
+    """Refuse a study outside of outputs/, before anything is written there.
+
+    Raises:
+        ValueError: if the name is not that of a folder.
+    """
+    if not is_name(name):
+        raise ValueError(f"study_name must be of letters, digits and . , = + - _ (a folder in outputs/), got {name!r}")
 
 
 def _is_over(run_dir: Path, about: Mapping[str, Any], runs: Mapping[str, Sequence[str]]) -> bool:

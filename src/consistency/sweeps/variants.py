@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.sweeps.launcher import LocalLauncher
-from consistency.sweeps.study import in_one_line, note_runs, shown
+from consistency.sweeps.study import check_folder, in_one_line, note_runs, shown
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class StudySweeper(Sweeper):
         params: dict[str, str] | None = None,
     ) -> None:
         self.params = params or {}
-        self.variants = {name: list(overrides) for name, overrides in (variants or {}).items()}
+        self.variants = dict(variants or {})
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Keep what Hydra knows, and make the launcher."""
@@ -80,6 +80,7 @@ class StudySweeper(Sweeper):
         grid = BasicSweeper.split_arguments(given, None)[0]
         jobs = [[*point, *own] for point in grid for own in in_turn(self.variants, chosen, point)]
         folder = Path(str(self.config.hydra.sweep.dir))
+        check_folder(self.config.study_name)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         if not isinstance(self.launcher, LocalLauncher):  # ours lists its runs, and survives one that does not compose
@@ -121,6 +122,8 @@ def in_turn(variants: Mapping[str, Sequence[str]], chosen: Sequence[str], point:
         return [[]]
     fixed = {key(override) for override in point}
     for name in chosen:
+        if isinstance(variants[name], str) or not all(isinstance(override, str) for override in variants[name]):
+            raise ValueError(f"hydra.sweeper.variants.{name} must be a list of overrides, as [metric=l2]")
         if re.fullmatch(r"[\w.+-]+", name) is None:
             raise ValueError(f"hydra.sweeper.variants has {name!r}; a name has letters, digits and . + - _ only")
         if twice := sorted(fixed & {key(override) for override in variants[name]}):
