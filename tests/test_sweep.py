@@ -53,7 +53,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(swept):
     assert sorted(run["state"] for run in runs.values()) == ["failed"] * 4 + ["finished"] * 2
     assert "2 runs finished, 4 failed" in said
     for seed in (0, 1):
-        assert f"failed: seed={seed} variant=broken: the noise embedding needs an even number" in said
+        assert f"failed: seed={seed} variant=broken: ValueError: the noise embedding needs" in said
         assert f"failed: seed={seed} variant=nothing: In 'method/ct': Could not find 'metric/nope'" in said
     for name, run in runs.items():
         if run["state"] == "failed":
@@ -91,21 +91,20 @@ def test_a_killed_study_goes_on(tmp_path):
     """SIGKILL of the launcher: what is finished stays, what was under way saves by itself and continues."""
     study = ["-m", "experiment=smoke_ict", "seed=0,1,2", "trainer.max_steps=200", "hydra.launcher.slots=1"]
     launcher = subprocess.Popen([COMMAND, *study], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    second = tmp_path / "outputs/study/smoke_ict-seed1/metrics.csv"
-    deadline = time.monotonic() + 300
-    while not second.exists() and time.monotonic() < deadline:
+    outputs, deadline = tmp_path / "outputs/study", time.monotonic() + 300
+    while not list(outputs.glob("*-seed1/metrics.csv")) and time.monotonic() < deadline:
+        assert launcher.poll() is None
         time.sleep(0.05)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    before = (tmp_path / "outputs/study/smoke_ict-seed0/model/model.safetensors").stat().st_mtime_ns
+    (first,) = outputs.glob("*-seed0/model/model.safetensors")
+    before = first.stat().st_mtime_ns
     said = command(*study, cwd=tmp_path)  # at once: it waits for the run that still saves
     assert "3 runs finished, 0 failed" in said
     runs = states(tmp_path, "study")
-    assert {name: (run["state"], run["step"]) for name, run in runs.items()} == {
-        f"smoke_ict-seed{seed}": ("finished", 200) for seed in (0, 1, 2)
-    }
-    assert (tmp_path / "outputs/study/smoke_ict-seed0/model/model.safetensors").stat().st_mtime_ns == before
-    log = (tmp_path / "outputs/study/smoke_ict-seed1/train.log").read_text()
+    assert [(run["state"], run["step"]) for run in runs.values()] == [("finished", 200)] * 3
+    assert first.stat().st_mtime_ns == before
+    (log,) = [path.read_text() for path in outputs.glob("*-seed1/train.log")]
     assert "stopped at step" in log
     assert "continuing from" in log
 
