@@ -89,10 +89,12 @@ def assert_same(a, b):
         (["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]),
         (["metric=nope"], ["nope", "pseudo_huber"]),
         (["trainer.max_step=3"], ["max_step"]),
+        (["logger=null"], ["logger is null", "csv", "~logger"]),
+        (["callbacks.weight_ema.decays=0.99"], ["callbacks.weight_ema.decays is 0.99"]),
     ],
 )
 def test_configuration_errors_are_short(tmp_path, overrides, words):
-    said = command("consistency-train", *overrides, cwd=tmp_path, code=1)
+    said = command("consistency-train", *overrides, cwd=tmp_path, code=2)
     assert all(word in said for word in words), said
     assert "Traceback" not in said
 

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from consistency import config
-from consistency.runs.evaluate import curve, evaluate
+from consistency.runs.evaluate import _own_parts, curve, evaluate
 from consistency.runs.sample import sample
 from consistency.runs.search import search
 from consistency.runs.train import train
@@ -156,3 +156,27 @@ def test_bad_options_are_one_line(measured, command, overrides, words):
 def test_model_folder_does_not_say_its_data(user, measured):
     with pytest.raises(ValueError, match=r"does not say what it was trained on; give data=\.\.\. or reference=FILE"):
         run("evaluate", *measured, f"ckpt={user / 'smoke_ict/model'}")
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "os.system"},
+        {"_target_": "consistency.data.cache.os.system"},
+        {"_target_": "consistency.data.datasets.Path"},
+        {"_target_": "consistency.data.cache._write"},
+        {"_target_": "consistency.data.module.ImageDataModule", "dataset": {"a": [{"_target_": "builtins.eval"}]}},
+        {"_target_": "consistency.data.module.ImageDataModule", "path": "${oc.env:HOME}"},
+        {"_target_": 3},
+    ],
+)
+def test_the_settings_of_a_run_that_came_from_elsewhere_make_nothing_else_than_data(tmp_path, node):
+    with pytest.raises(ValueError, match=r"asks for .* may run anything; name the data with data="):
+        _own_parts(node, tmp_path / "config.yaml")
+
+
+def test_the_data_of_our_own_runs_are_made():
+    crop = {"_target_": "consistency.data.cropping.adm", "_partial_": True}
+    dataset = {"_target_": "consistency.data.datasets.image_folder", "crop": crop}
+    node = {"_target_": "consistency.data.module.ImageDataModule", "dataset": dataset}
+    assert _own_parts(node, "config.yaml") is node

@@ -9,6 +9,9 @@ SRC = Path(__file__).parents[1] / "src" / "consistency"
 
 LAYERS = {
     "files": 0,
+    "whole": 0,
+    "reading": 0,
+    "validation": 0,
     "ops": 0,
     "noise": 1,
     "models": 2,

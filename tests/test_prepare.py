@@ -233,7 +233,7 @@ def test_command_ends_in_one_line(tmp_path):
     command = [sys.executable, "-c", code, "data=folder", "data.dataset.path=bad"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("consistency: bad/a.png cannot be read as an image (")
     assert not (tmp_path / "grid.png").exists()

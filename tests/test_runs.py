@@ -75,7 +75,8 @@ def test_metrics_of_a_run(folder):
 
 def test_checkpoint_opens_without_executing_anything(folder):
     checkpoint = torch.load(folder / "outputs/smoke_ict/checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["state_dict"]["progress._extra_state"] == {"step": 24, "images_seen": 384}
+    progress = {"step": 24, "images_seen": 384, "schedule_step": 24, "batch_size": 16, "first_batch_size": 16}
+    assert checkpoint["state_dict"]["progress._extra_state"] == progress
     assert "ConsistencyTraining" in checkpoint["consistency"]["config"]
 
 

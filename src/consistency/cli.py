@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -19,8 +22,39 @@ from consistency.runs.start import REFUSED, start
 
 config.register()
 _MAIN = {"config_path": str(config.CONF_DIR), "version_base": "1.3"}
+WRONG = 2  # exit code: an option or a file that was given is wrong; 1 is a failure at work
 
 
+def _exit_codes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What does not compose ends with `WRONG`; Hydra itself ends with 1, and says in one line what was wrong."""
+
+    @wraps(command)
+    def wrapped(*args: Any) -> Any:
+        _refuse_null_groups(sys.argv[1:])
+        try:
+            return command(*args)
+        except SystemExit as end:
+            if isinstance(end.code, str):  # of a sweep that cannot be started as asked
+                print(end.code, file=sys.stderr)
+                sys.exit(WRONG)
+            if end.code == 1 and isinstance(end.__context__, HydraException | OmegaConfBaseException):
+                sys.exit(WRONG)
+            raise
+
+    return wrapped
+
+
+def _refuse_null_groups(arguments: list[str]) -> None:
+    """`network=null`, for which Hydra has a traceback only."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if value == "null" and re.fullmatch(r"\w+", group) and (config.CONF_DIR / group).is_dir():
+            names = ", ".join(sorted(file.stem for file in (config.CONF_DIR / group).glob("*.yaml")))
+            print(f"consistency: {group} is null; allowed: {names}, or ~{group} to leave it out", file=sys.stderr)
+            sys.exit(WRONG)
+
+
+@_exit_codes
 @hydra.main(**_MAIN, config_name="train")
 def train(cfg: DictConfig) -> float | None:
     """consistency-train: train a model, or continue its training."""
@@ -32,9 +66,20 @@ def train(cfg: DictConfig) -> float | None:
 
         return train(cfg)
 
+    if cfg.estimate is True:
+        return _one_line_errors(lambda: _estimate(cfg))
     return _one_line_errors(lambda: start(cfg, job))
 
 
+def _estimate(cfg: DictConfig) -> None:
+    config.validate_variants(cfg, HydraConfig.get())
+    config.validate(cfg)
+    from consistency.runs.estimate import estimate
+
+    estimate(cfg)
+
+
+@_exit_codes
 @hydra.main(**_MAIN, config_name="sample")
 def sample(cfg: DictConfig) -> None:
     """consistency-sample: images from a trained model."""
@@ -48,6 +93,7 @@ def sample(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@_exit_codes
 @hydra.main(**_MAIN, config_name="prepare")
 def data(cfg: DictConfig) -> None:
     """consistency-data: make a data set ready, and look at it."""
@@ -61,6 +107,7 @@ def data(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@_exit_codes
 @hydra.main(**_MAIN, config_name="convert")
 def convert(cfg: DictConfig) -> None:
     """consistency-convert: weights of other projects in."""
@@ -74,6 +121,7 @@ def convert(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@_exit_codes
 @hydra.main(**_MAIN, config_name="export")
 def export(cfg: DictConfig) -> None:
     """consistency-export: a trained model out."""
@@ -87,6 +135,7 @@ def export(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@_exit_codes
 @hydra.main(**_MAIN, config_name="evaluate")
 def evaluate(cfg: DictConfig) -> None:
     """consistency-evaluate: scores of a model or of images."""
@@ -100,6 +149,7 @@ def evaluate(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@_exit_codes
 @hydra.main(**_MAIN, config_name="search")
 def search(cfg: DictConfig) -> None:
     """consistency-search: levels for sampling in a few steps."""
@@ -113,6 +163,7 @@ def search(cfg: DictConfig) -> None:
     _one_line_errors(job)
 
 
+@_exit_codes
 @hydra.main(**_MAIN, config_name="curve")
 def curve(cfg: DictConfig) -> None:
     """consistency-curve: scores against network evaluations."""
@@ -149,7 +200,8 @@ def _one_line_errors(job: Any) -> Any:
         # Hydra wraps what a constructor says; the cause is the line that was written for the user.
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         print(f"consistency: {cause}".splitlines()[0], file=sys.stderr)
-        sys.exit(REFUSED if isinstance(error, RefusedError) else 1)
+        at_work = isinstance(cause, OSError | ArithmeticError | MemoryError)  # a full disk, a run that diverged
+        sys.exit(REFUSED if isinstance(error, RefusedError) else 1 if at_work else WRONG)
 
 
 if __name__ == "__main__":  # python -m consistency.cli: what the launcher of a multirun starts

@@ -17,6 +17,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
+from consistency.validation import check_ranges
+
 _PACKAGE = Path(__file__).parent
 # Inside the package when installed from a wheel, at the top of the repository otherwise.
 _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parents[1]
@@ -34,6 +36,9 @@ _NEUTRAL = (
     "sweep",
     "objective",
     "overwrite",
+    "allow_changes",
+    "estimate",
+    "compile",
     "logger",
     "paths",
     "hydra",
@@ -46,6 +51,8 @@ _NEUTRAL = (
     "callbacks.sample_grid",
     "callbacks.checkpoint",
     "callbacks.prune",
+    "callbacks.nonfinite",
+    "callbacks.collapse",
 )
 
 
@@ -74,6 +81,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("consistency.run_name", of_run, replace=True)
     OmegaConf.register_new_resolver("consistency.study_name", of_study, replace=True)
     OmegaConf.register_new_resolver("consistency.steps", steps_for, replace=True)
+    OmegaConf.register_new_resolver("consistency.if", lambda on, yes, no: yes if on is True else no, replace=True)
 
 
 def steps_for(images: int, batch_size: int) -> int:
@@ -165,12 +173,14 @@ def validate(cfg: DictConfig) -> None:
     allowed = "digits, classifier, proxy or full with callbacks=quality"
     _require(not measures or cfg.get("evaluation") is not None, "evaluation", None, allowed)
     try:
-        OmegaConf.to_container(cfg, resolve=True)
+        settings = OmegaConf.to_container(cfg, resolve=True)
     except InterpolationKeyError as error:
         what = str(error).splitlines()[0]
         raise ValueError(
             f"{error.full_key} needs a part that is not there: {what}; choose parts of one method"
         ) from None
+    assert isinstance(settings, dict)
+    check_ranges(settings)  # type: ignore[arg-type]
     _validate_data(cfg)
     _validate_values(cfg)
     _validate_method(cfg)
@@ -194,13 +204,33 @@ def _validate_values(cfg: DictConfig) -> None:
     for option in ("run_name", "study_name"):
         name = cfg[option]
         _require(is_name(name), option, repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
-    _require(isinstance(cfg.overwrite, bool), "overwrite", cfg.overwrite, "true or false")
+    for option in ("overwrite", "estimate"):
+        _require(isinstance(cfg[option], bool), option, cfg[option], "true or false")
+    backend = cfg.compile
+    is_backend = isinstance(backend, bool | str) and backend != ""
+    _require(is_backend, "compile", backend, "true, false, or the name of a backend of torch.compile")
+    _require(cfg.randomness in ("per_rank", "per_image"), "randomness", cfg.randomness, "per_rank or per_image")
+    is_list = isinstance(cfg.allow_changes, ListConfig) and all(isinstance(key, str) for key in cfg.allow_changes)
+    _require(is_list, "allow_changes", cfg.allow_changes, "a list of options, as [optimizer.lr,trainer.devices]")
     _require_integer(cfg, "seed", 0, 2**32 - 1)
-    for option in ("trainer.max_steps", "trainer.accumulate_grad_batches"):
-        _require_integer(cfg, option, 1)
-    parts = cfg.trainer.accumulate_grad_batches
-    allowed = f"a multiple of trainer.accumulate_grad_batches={parts}"
-    _require(cfg.data.batch_size % parts == 0, "data.batch_size", cfg.data.batch_size, allowed)
+    _require_integer(cfg, "trainer.max_steps", 1)
+    if cfg.optimizer.get("fused"):
+        half, clip = cfg.trainer.get("precision") in ("16-mixed", "16", 16), cfg.trainer.get("gradient_clip_val")
+        allowed = "false or left out with precision=fp16 and with gradient clipping, which it would pass by"
+        _require(not half and clip is None, "optimizer.fused", True, allowed)
+    strategy = str(cfg.trainer.get("strategy"))
+    is_sharded = any(name in strategy.lower() for name in ("fsdp", "deepspeed", "modelparallel"))
+    _require(
+        not is_sharded,
+        "trainer.strategy",
+        strategy,
+        "auto or ddp: networks are whole on each device (docs/robustness.md)",
+    )
+    if (parts := cfg.trainer.accumulate_grad_batches) != "auto":
+        is_count = type(parts) is int and parts >= 1
+        _require(is_count, "trainer.accumulate_grad_batches", parts, "an integer, at least 1, or auto")
+        allowed = f"a multiple of trainer.accumulate_grad_batches={parts}"
+        _require(cfg.data.batch_size % parts == 0, "data.batch_size", cfg.data.batch_size, allowed)
     noise = ("sigma_min", "sigma_max", "rho", "sigma_data", "noise_scale")
     for option in ("optimizer.lr", *(f"noise.{name}" for name in noise)):
         _require_positive(cfg, option)

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+PREVIOUS_CHECKPOINT = Path("checkpoints") / "previous.ckpt"
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def test_resume_keeps_earlier_rows_and_drops_the_others(tmp_path):
     again.log_metrics({"loss": 8.0, "old": 3}, step=30)
     assert [tuple(row.values()) for row in read(tmp_path)] == [
         ("10", "1.0", "1", ""),
-        ("20", "7.0", "", "2"),
+        ("20", "7.0", "1", "2"),  # of the step that it resumes from: completed
         ("30", "8.0", "3", ""),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
@@ -65,8 +65,8 @@ def test_nothing_is_touched_before_the_first_row(tmp_path):
 
 def test_run_from_the_start_begins_afresh(tmp_path):
     CsvLogger(str(tmp_path)).log_metrics({"loss": 1.0}, step=10)
-    CsvLogger(str(tmp_path)).log_metrics({"other": 2.0}, step=10)
-    assert read(tmp_path) == [{"step": "10", "other": "2.0"}]
+    CsvLogger(str(tmp_path)).log_metrics({"other": 2.0}, step=5)
+    assert read(tmp_path) == [{"step": "5", "other": "2.0"}]
 
 
 @pytest.mark.parametrize("torn", ["30,0.", "30", "", "30,0.5,"])

@@ -1,11 +1,13 @@
 """Trials that report and stop, against a real Optuna journal."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from consistency.callbacks.pruning import PruneTrial
 from consistency.callbacks.quality import QualityCallback
+from consistency.callbacks.rhythm import EveryImages
 
 optuna = pytest.importorskip("optuna")
 
@@ -16,7 +18,8 @@ class Scores(QualityCallback):
     names = ("fd", "other")
 
     def __init__(self, scores, every_n_images=8):
-        self.scores, self.every_n_images, self.last, self._next = list(scores), every_n_images, {}, 0
+        self.scores, self.every_n_images, self.last = list(scores), every_n_images, {}
+        self._rhythm, self.dirpath = EveryImages(every_n_images), Path("nowhere")
 
     def prepare(self, data):
         pass
@@ -26,6 +29,7 @@ class Scores(QualityCallback):
 
     def measure(self, trainer, pl_module):
         self.last = {"fd": self.scores.pop(0), "other": 0.0}
+        self._rhythm.note(pl_module.progress)
 
     def state_dict(self):
         return {}
@@ -154,6 +158,7 @@ def test_the_first_rank_decides_for_all(study, prune, is_first, decision):
     trainer.strategy = SimpleNamespace(reduce_boolean_decision=reduce)
     method = SimpleNamespace(progress=SimpleNamespace(images_seen=8, is_over=False))
     callback.setup(trainer, method, "fit")
+    callback.on_fit_start(trainer, method)
     callback.on_train_start(trainer, method)
     callback.on_train_batch_end(trainer, method, None, None, 0)
     scores.measure(trainer, method)

@@ -1,4 +1,5 @@
 import json
+import signal
 from functools import partial
 
 import lightning as L
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from consistency.callbacks.averaging import WeightEMA
+from consistency.callbacks.checkpointing import RunCheckpoint
 from consistency.callbacks.ending import EndOfRun
 from consistency.callbacks.quality import QualityCallback
 from consistency.callbacks.randomness import StepSeeds
@@ -64,7 +66,7 @@ def parts(make_denoiser, tmp_path):
     return build
 
 
-def train(method, data, callbacks, tmp_path, steps=4, **options):
+def train(method, data, callbacks, tmp_path, steps=4, ckpt=None, **options):
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -78,7 +80,7 @@ def train(method, data, callbacks, tmp_path, steps=4, **options):
         use_distributed_sampler=False,
         **{"enable_checkpointing": False, **options},
     )
-    trainer.fit(method, datamodule=data)
+    trainer.fit(method, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return trainer
 
 
@@ -166,3 +168,64 @@ def test_what_is_missing_is_said_before_training(parts, tmp_path):
 def test_refuses_negative_intervals(parts):
     with pytest.raises(ValueError, match="every_n_images"):
         parts(every_n_images=-1)
+
+
+class StopIn(ConsistencySampler):
+    """The signal comes while this measurement is made."""
+
+    def __init__(self, call, mid_sigmas=()):
+        super().__init__(mid_sigmas)
+        self.call, self.calls = call, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.call:
+            signal.raise_signal(signal.SIGTERM)
+        return super().__call__(*args, **kwargs)
+
+
+# 24 samples in batches of 8: call 5 is in the measurement after 16 images, call 8 in that of the end.
+@pytest.mark.parametrize(("call", "step"), [(5, 4), (8, 5)], ids=["half way", "at the end"])
+def test_signal_in_a_measurement(parts, tmp_path, call, step):
+    """It is given up at once, with a checkpoint of this very step, and made up for: the rows are a straight run's."""
+    method, data, quality = parts(every_n_images=8, samplers={"onestep": ConsistencySampler()})
+    start = {key: value.clone() for key, value in method.state_dict().items() if isinstance(value, torch.Tensor)}
+    train(method, data, [WeightEMA([0.9]), quality], tmp_path, steps=5)
+    straight = rows(tmp_path)
+    assert [row["step"] for row in straight] == [2, 4, 5]
+    (tmp_path / "quality.jsonl").unlink()
+
+    def again(sampler, ckpt=None):
+        method, data, quality = parts(every_n_images=8, samplers={"onestep": sampler})
+        method.load_state_dict(start, strict=False)
+        saver = RunCheckpoint(str(tmp_path / "checkpoints"))
+        callbacks = [WeightEMA([0.9]), quality, saver]
+        train(method, data, callbacks, tmp_path, steps=5, ckpt=ckpt, enable_checkpointing=True)
+        return saver, method, sampler
+
+    saver, method, sampler = again(StopIn(call))
+    assert sampler.calls == call  # not a batch more
+    assert saver.interrupted_by == signal.SIGTERM
+    assert method.progress.step == step
+    stored = torch.load(saver.path, weights_only=True)["state_dict"]
+    assert stored["progress._extra_state"]["step"] == step
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 5][: call // 3]
+    saver, method, _ = again(ConsistencySampler(), saver.path)
+    assert saver.interrupted_by is None
+    times = ("seconds",)
+    assert [{k: v for k, v in row.items() if k not in times and k != "sampler"} for row in rows(tmp_path)] == [
+        {k: v for k, v in row.items() if k not in times and k != "sampler"} for row in straight
+    ]
+
+
+def test_rows_of_steps_that_come_again_are_dropped(parts, tmp_path):
+    """SIGKILL after a measurement, before the next checkpoint."""
+    method, data, quality = parts(every_n_images=8)
+    saver = RunCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=3)
+    train(method, data, [quality, saver], tmp_path, steps=3, enable_checkpointing=True)
+    before = (tmp_path / "quality.jsonl").read_text()
+    torn = json.dumps({**rows(tmp_path)[0], "images_seen": 16}) + "\n" + '{"images_seen": 20, "fd'
+    (tmp_path / "quality.jsonl").write_text(before + torn)
+    method, data, quality = parts(every_n_images=8)
+    train(method, data, [quality], tmp_path, steps=3, ckpt=saver.path)
+    assert (tmp_path / "quality.jsonl").read_text() == before

@@ -97,7 +97,7 @@ def small():
 @pytest.fixture
 def job(tmp_path, monkeypatch, small):
     """Train NAME under the folder of the test, with further callbacks after the others; returns its run directory."""
-    parts = runs_train._parts
+    parts = runs_train.build_parts
 
     def run(name="run", *settings, callbacks=()):
         def with_more(group):
@@ -107,7 +107,7 @@ def job(tmp_path, monkeypatch, small):
         paths = [f"run_name={name}", f"paths.output_dir={directory}", f"paths.cache_dir={tmp_path}/cache"]
         cfg = OmegaConf.merge(small, OmegaConf.from_dotlist([*paths, *settings]))
         with monkeypatch.context() as patch:
-            patch.setattr(runs_train, "_parts", with_more)
+            patch.setattr(runs_train, "build_parts", with_more)
             start(cfg, lambda: train(cfg))
         return directory
 

@@ -169,3 +169,25 @@ def nested(depth):
 def test_small_files_that_would_take_forever_are_refused(tmp_path, stream):
     with pytest.raises(ValueError, match=r"file\.pkl"):
         read_pickle(written(tmp_path, b"\x80\x05" + stream))
+
+
+def test_a_file_that_multiplies_itself_is_refused(tmp_path):
+    """3 KB an item would be 3 GB: the same bytes decoded a million times."""
+    text = "x" * (1 << 20)
+    start = b"\x80\x02]q\x00(X" + len(text).to_bytes(4, "little") + text.encode() + b"q\x010"
+    again = b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R"
+    with pytest.raises(ValueError, match="it repeats itself"):
+        read_pickle(written(tmp_path, start + again * 3000 + b"e."))
+
+
+def test_attributes_are_a_dictionary(tmp_path):
+    """A list of pairs would have its keys hashed without a look at them."""
+    stream = b"\x80\x02cdnnlib.util\nEasyDict\n)\x81]K\x01K\x02\x86ab."
+    with pytest.raises(ValueError, match="a list as its attributes"):
+        read_pickle(written(tmp_path, stream))
+
+
+def test_frames_and_long_numbers(tmp_path):
+    assert read_pickle(written(tmp_path, pickle.dumps({"a": list(range(1000))}, protocol=4)))["a"][-1] == 999
+    with pytest.raises(ValueError, match="opcode"):
+        read_pickle(written(tmp_path, b"\x80\x02\x8b" + (300).to_bytes(4, "little") + b"\x01" * 300 + b"."))

@@ -39,7 +39,8 @@ class TargetEMA(Callback):
         if pl_module.target is None or step == self._last_step:
             return
         self._last_step = step
-        ema_update_(pl_module.target.parameters(), pl_module.denoiser.parameters(), pl_module.target_decay(step - 1))
+        mu = pl_module.target_decay(pl_module.progress.schedule_step - 1)
+        ema_update_(pl_module.target.parameters(), pl_module.denoiser.parameters(), mu)
 
 
 class WeightEMA(Callback):
@@ -52,7 +53,7 @@ class WeightEMA(Callback):
     are.
 
     Args:
-        decays: Rates per optimizer step. iCT uses 0.99993 on CIFAR-10.
+        decays: Rates per optimizer step, of the batch that the run began with. iCT uses 0.99993 on CIFAR-10.
         half_lives: Half-lives in images, e.g. EDM's 500,000 on CIFAR-10.
         warmup: Whether beta ramps up.
 
@@ -110,11 +111,13 @@ class WeightEMA(Callback):
         step = pl_module.progress.step
         if step == self._last_step:
             return
-        seen = pl_module.progress.images_seen
+        seen, reached_step = pl_module.progress.images_seen, pl_module.progress.schedule_step
+        ratio = pl_module.progress.batch_ratio
         images, self._last_step, self._last_images = seen - self._last_images, step, seen
         values = list(pl_module.denoiser.parameters())
         for name, decay in self.decays.items():
-            beta = min(decay, step / (9 + step)) if self.warmup else decay
+            rate = decay**ratio
+            beta = min(rate, reached_step / (9 + reached_step)) if self.warmup else rate
             ema_update_(self.averages[name].values(), values, beta)
         for name, half_life in self.half_lives.items():
             # EDM counts the images *before* this step: its first step copies the weights.

@@ -14,7 +14,8 @@ class CsvLogger(Logger):
     """`metrics.csv`: one row a step, columns as they appear.
 
     Lightning's own logger deletes the file of the run that it resumes. This one keeps it, and drops the rows past the
-    checkpoint that the run resumes from, so that no step is lost or doubled.
+    checkpoint that the run resumes from, so that no step is lost or doubled. A first row of a step that is there
+    already completes it: scores that were given up when the run was stopped.
 
     Args:
         save_dir: Folder of the file.
@@ -51,8 +52,9 @@ class CsvLogger(Logger):
         """Write one row, or complete that of the same step."""
         row = {"step": step, **metrics}
         if self._columns is None:
-            rows = [old for old in self._read() if (old["step"] or "").isdigit() and int(old["step"]) < (step or 0)]
+            rows = [old for old in self._read() if (old["step"] or "").isdigit() and int(old["step"]) <= (step or 0)]
             self._columns = list(rows[0]) if rows else []
+            self._last_step = int(rows[-1]["step"]) if rows else None
             self._rewrite(rows)
         new = [name for name in row if name not in self._columns]
         self._columns += new
@@ -66,10 +68,19 @@ class CsvLogger(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
+    def drop_rows_after(self, step: int) -> None:
+        """Forget steps that a resumed run makes again, under other settings perhaps."""
+        rows = self._read()
+        kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+        if kept != rows:
+            self._columns = list(kept[0]) if kept else []
+            self._rewrite(kept)
+            self._columns = None
+
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        text = self.path.read_text()
+        text = self.path.read_text(errors="replace")
         # A process that was killed while writing leaves a last line without its end.
         complete = text[: text.rfind("\n") + 1]
         return list(csv.DictReader(complete.splitlines()))

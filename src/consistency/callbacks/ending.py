@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class EndOfRun(Callback):
-    """Stop when `progress.step` reaches `total_steps`.
+    """Stop when `progress.schedule_step` reaches `total_steps`.
 
     Lightning's own `max_steps` counts optimizer *calls*: after one step that the fp16 scaler skipped, a run would end
     one step short of its curriculum. Added to every run by `runs.train`; callbacks see the end in `progress.is_over`.

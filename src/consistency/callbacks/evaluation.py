@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.callbacks.averaging import WeightEMA
+from consistency.callbacks.rhythm import EveryImages
 from consistency.data.files import image_grid, save_grid
 from consistency.sampling.images import draw_images
 
@@ -40,22 +41,19 @@ class SampleGrid(Callback):
         seed: int = 0,
     ) -> None:
         self.dirpath, self.samplers = Path(dirpath), samplers
-        self.every_n_images, self.num_samples, self.seed = every_n_images, num_samples, seed
-        self._next = 0
+        self.num_samples, self.seed = num_samples, seed
+        self._rhythm = EveryImages(every_n_images)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Find the next multiple of `every_n_images`."""
-        if self.every_n_images:
-            self._next = (pl_module.progress.images_seen // self.every_n_images + 1) * self.every_n_images
+        """Grids up to here are drawn: the checkpoint of a step is written after its grid."""
+        self._rhythm.note(pl_module.progress)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample when it is due."""
-        progress = pl_module.progress
-        is_due = self.every_n_images and progress.images_seen >= self._next
-        if is_due:
-            self._next = (progress.images_seen // self.every_n_images + 1) * self.every_n_images
-        if (is_due or progress.is_over) and trainer.is_global_zero:
-            self.draw(trainer, pl_module)
+        if self._rhythm.is_due(pl_module.progress):
+            self._rhythm.note(pl_module.progress)
+            if trainer.is_global_zero:
+                self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Sample and write one grid a sampler."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+
+from consistency.callbacks.alarms import Collapse, NonFinite
 
 # Edges of ln sigma between the bands of `loss_level_*`: below, between and above these.
 LEVEL_EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
@@ -33,6 +37,7 @@ class TrainingLog(Callback):
         self.every_n_steps = every_n_steps
         self._edges = torch.tensor(LEVEL_EDGES).log()
         self.last_row: dict[str, float] = {}
+        self._reduce: Callable[[Tensor], Tensor] | None = None
         self._reset(0, 0)
 
     def _reset(self, step: int, images: int) -> None:
@@ -47,12 +52,19 @@ class TrainingLog(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; sums of an interrupted row go on."""
         self._start_clock(pl_module.progress.step, pl_module.progress.images_seen)
+        self._reduce = partial(trainer.strategy.reduce, reduce_op="sum")
         if self._sums is not None and self._counts is not None:
-            self._sums, self._counts = self._sums.to(pl_module.device), self._counts.to(pl_module.device)
+            share = 1.0 if trainer.is_global_zero else 0.0  # the row is the first rank's now
+            self._sums, self._counts = (
+                share * self._sums.to(pl_module.device),
+                share * self._counts.to(pl_module.device),
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of the unfinished row."""
-        return {"sums": self._sums, "counts": self._counts}
+        """Sums of the unfinished row, over all ranks: each of them comes here when a checkpoint is written."""
+        if self._sums is None or self._counts is None or self._reduce is None:
+            return {"sums": self._sums, "counts": self._counts}
+        return {"sums": self._reduce(self._sums), "counts": self._reduce(self._counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the unfinished row."""
@@ -89,12 +101,17 @@ class TrainingLog(Callback):
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row["images_seen"] = images
         row["images_per_second"] = (images - self._last_images) / max(seconds, 1e-9)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, NonFinite | Collapse):
+                row |= callback.columns(pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         self.last_row = row
         pl_module.log("loss", row["loss"], on_step=True, on_epoch=False, logger=False, batch_size=1)  # for monitors
         self._reset(step, images)
-        if not math.isfinite(row["loss"]):
+        # With the alarm such steps are not applied and counted, and it is the one that says when there are too many.
+        if not math.isfinite(row["loss"]) and not any(isinstance(callback, NonFinite) for callback in callbacks):
             raise FloatingPointError(
                 f"the loss is {row['loss']} at step {step}; lower optimizer.lr, or use precision=fp32 if it was fp16"
             )

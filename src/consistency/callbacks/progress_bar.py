@@ -40,7 +40,7 @@ class TrainingProgress(ProgressBar):
 
         self._history: deque[tuple[float, int]] = deque(maxlen=20)
         self._total = pl_module.progress.total_steps or trainer.max_steps
-        self._shown_tenth = 10 * pl_module.progress.step // self._total
+        self._shown_tenth = 10 * pl_module.progress.schedule_step // self._total
         self._next = 0.0
         console = Console()
         if console.is_terminal:
@@ -54,14 +54,15 @@ class TrainingProgress(ProgressBar):
                 console=console,
                 speed_estimate_period=60,
             )
-            self._task = self._bar.add_task("training", total=self._total, completed=pl_module.progress.step, status="")
+            done = pl_module.progress.schedule_step
+            self._task = self._bar.add_task("training", total=self._total, completed=done, status="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update when it is time."""
         if not self._enabled:
             return
-        now, step = time.perf_counter(), pl_module.progress.step
+        now, step = time.perf_counter(), pl_module.progress.schedule_step
         tenth = 10 * step // self._total
         if not (now >= self._next or step >= self._total if self._bar else tenth > self._shown_tenth):
             return

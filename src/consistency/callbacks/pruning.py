@@ -60,9 +60,12 @@ class PruneTrial(Callback):
                 f"allowed: {', '.join(self._quality.names)}, or hydra.sweeper.pruner=null"
             )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Open the search; what a checkpoint knows of earlier scores is no news."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """What a checkpoint knows of earlier scores is no news."""
         self._seen = self._quality.last
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Open the search."""
         if trainer.is_global_zero:
             self._open()
 

@@ -14,8 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from consistency.callbacks.agreement import check_ranks_agree
 from consistency.callbacks.averaging import WeightEMA
+from consistency.callbacks.checkpointing import saver_of
+from consistency.callbacks.rhythm import EveryImages, GivenUpError
 from consistency.evaluation.protocol import Evaluation
+from consistency.whole import write_text
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,9 @@ class QualityCallback(Callback):
     parts of the same images that one process would draw. Scores go to every logger, to `trainer.callback_metrics` (so
     that `ModelCheckpoint(monitor=...)` finds them), and with all that makes them comparable to `quality.jsonl`.
     Training's random state is not touched.
+
+    The run is saved before it is measured. One that is told to stop gives the measurement up (on one process; several
+    finish it) and makes up for it when it goes on.
 
     Args:
         evaluation: What is measured.
@@ -54,9 +61,10 @@ class QualityCallback(Callback):
         self.every_n_images, self.seed = every_n_images, seed
         self.best: dict[str, dict[str, float]] = {}
         self.last: dict[str, float] = {}
-        self._next = 0
+        self._rhythm = EveryImages(every_n_images)
         self._seconds = 0.0
         self._prepared: Any = None
+        self._was_given_up = self._has_begun = False
 
     def prepare(self, data: Any) -> None:
         """Get the extractor and the reference; whatever is missing is said here, before training starts."""
@@ -83,29 +91,44 @@ class QualityCallback(Callback):
                 raise ValueError(f"{type(callback).__name__} monitors {monitor}, which nothing logs; known are {known}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Find the next multiple of `every_n_images`; start the clock."""
+        """Start the clock; forget rows of steps that will be made again; measure what was given up."""
         self._started, self._seconds = time.perf_counter(), 0.0
-        if self.every_n_images:
-            self._next = (pl_module.progress.images_seen // self.every_n_images + 1) * self.every_n_images
+        if trainer.is_global_zero:
+            self._drop_rows_after(self._rhythm.done)
+        if self._rhythm.is_due(pl_module.progress):
+            if (saver := saver_of(trainer)) is not None:
+                saver.listen()
+            self.measure(trainer, pl_module)
+        self._has_begun = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure when it is due; all ranks come here at the same count."""
-        progress = pl_module.progress
-        is_due = bool(self.every_n_images) and progress.images_seen >= self._next
-        if is_due:
-            self._next = (progress.images_seen // self.every_n_images + 1) * self.every_n_images
-        if is_due or progress.is_over:
+        if self._rhythm.is_due(pl_module.progress):
+            if (saver := saver_of(trainer)) is not None:
+                saver.save(trainer)
             self.measure(trainer, pl_module)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last measurement was given up."""
+        return self._was_given_up
 
     def measure(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Measure every sampler with the averaged weights, and log it."""
         started = time.perf_counter()
         average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)  # type: ignore[attr-defined]
-        if average is None:
-            rows = self._rows(trainer, pl_module, "raw")
-        else:
-            with average.applied(pl_module) as weights:
-                rows = self._rows(trainer, pl_module, weights)
+        try:
+            if average is None:
+                rows = self._rows(trainer, pl_module, "raw")
+            else:
+                with average.applied(pl_module) as weights:
+                    rows = self._rows(trainer, pl_module, weights)
+        except GivenUpError:
+            self._was_given_up = True
+            log.info("told to stop: the scores after %s images come later", f"{pl_module.progress.images_seen:,}")
+            return
+        self._was_given_up = False
+        self._rhythm.note(pl_module.progress)
         now = time.perf_counter()
         self._seconds += now - started
         self._note(trainer, pl_module, rows, self._seconds / max(now - self._started, 1e-9))
@@ -114,6 +137,12 @@ class QualityCallback(Callback):
         """Name of the sampler -> its row; the extractor is on the device for this long only."""
         extractor, reference = self._prepared
         denoiser, was_training = pl_module.denoiser, pl_module.denoiser.training
+        saver = saver_of(trainer) if trainer.world_size == 1 else None  # ranks could not give up at the same place
+
+        def check_time(count: int) -> None:
+            if saver is not None and saver.interrupted_by is not None:
+                raise GivenUpError
+
         rows = {}
         try:
             denoiser.eval()
@@ -127,6 +156,7 @@ class QualityCallback(Callback):
                     seed=self.seed,
                     rank=trainer.global_rank,
                     world_size=trainer.world_size,
+                    progress=check_time,
                 )
                 rows[name] = {**row, "weights": weights}
         finally:
@@ -138,9 +168,11 @@ class QualityCallback(Callback):
         """To loggers, monitors, the file, and the list of the best."""
         progress = pl_module.progress
         scores = {f"{score}_{name}": row[score] for name, row in rows.items() for score in self._scores}
+        check_ranks_agree(trainer, scores, tolerance=1e-3)  # each computed from the same sums
         self.last = scores
         for name, value in scores.items():
-            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+            if self._has_begun:  # Lightning refuses it before: monitors miss what is made up for
+                pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
             best = self.best.get(name)
             if best is None or (value > best["value"] if _higher_is_better(name) else value < best["value"]):
                 self.best[name] = {"value": value, "step": progress.step, "images_seen": progress.images_seen}
@@ -159,11 +191,27 @@ class QualityCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best scores so far, and the last."""
-        return {"best": self.best, "last": self.last}
+        return {"best": self.best, "last": self.last, "done": self._rhythm.done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them; checkpoints of earlier versions have no last ones."""
-        self.best, self.last = state_dict["best"], state_dict.get("last", {})
+        """Restore them."""
+        self.best, self.last, self._rhythm.done = state_dict["best"], state_dict["last"], state_dict["done"]
+
+    def _drop_rows_after(self, images_seen: int) -> None:
+        file = self.dirpath / "quality.jsonl"
+        if not file.exists():
+            return
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _images_of(line) <= images_seen]
+        if kept != lines:
+            write_text(file, "".join(kept))
+
+
+def _images_of(line: str) -> float:
+    try:
+        return json.loads(line)["images_seen"]
+    except (ValueError, LookupError, TypeError):
+        return 0  # not ours: leave it
 
 
 def _higher_is_better(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Random numbers of training as a function of (seed, rank, images seen)."""
+"""Random numbers of training as a function of the seed and of the place in the run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,21 @@ class StepSeeds(Callback):
     what else drew random numbers before (sampling, evaluation), and a resumed run draws what the straight run would
     have drawn. Added to every run by `runs.train`.
 
+    With `per_image` the levels, the noise, flips and augmentation of each image depend on (seed, its place in the run)
+    instead: one process and two with an equal global batch then train alike, up to rounding. Dropout masks still
+    belong to the rank. Each image costs a seed, so this is for comparisons.
+
     Args:
         seed: Of the run.
+        per_image: Whether random numbers belong to images and not to ranks.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, *, per_image: bool = False) -> None:
+        self.seed, self.per_image = seed, per_image
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Tell the method."""
+        pl_module.progress.image_seed = self.seed if self.per_image else None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed the CPU and every CUDA device."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from consistency.checkpoints.layouts import described, diffusers_modules, fill, ratio
+from consistency.checkpoints.sizes import check_network
 from consistency.checkpoints.tensors import read_tensors
 from consistency.models.denoiser import Denoiser
 from consistency.models.layers import SelfAttention
 from consistency.models.unet import UNet
+from consistency.reading import read_json
 
 NOISE_SCALE = 250.0  # the scheduler hands the network 1000 * 0.25 ln(sigma), always
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -55,9 +56,12 @@ def read_diffusers(source: str | Path) -> tuple[UNet, dict[str, Any]]:
     weights = next((folder / "unet" / name for name in WEIGHTS if (folder / "unet" / name).exists()), None)
     if weights is None:
         raise ValueError(f"{folder / 'unet'} has no weights; expected {' or '.join(WEIGHTS)}")
-    tensors = _stack_qkv(read_tensors(weights))
+    tensors = read_tensors(weights)
     with described(folder, "a diffusers pipeline"):
-        network = UNet(**_our_config(config, str(folder)))
+        tensors = _stack_qkv(tensors)
+        ours = _our_config(config, str(folder))
+        check_network(ours, tensors)
+        network = UNet(**ours)
         fill(network, tensors, diffusers_modules(network), source=str(weights), label_table=True)
     return network, {name: scheduler.get(name) for name in ("sigma_data", "sigma_min", "sigma_max")}
 
@@ -223,13 +227,13 @@ def _split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text())
+        contents = read_json(path)
         if not isinstance(contents, dict):
-            raise ValueError("it is not a table of settings")
+            raise ValueError(f"{path} is not a table of settings")
         return contents
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is not a pipeline folder of diffusers: {path.relative_to(folder)} is missing"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consistency.checkpoints.layouts import described, edm_modules, fill, ratio, rows_from_head_dim_three
 from consistency.checkpoints.pickles import LEGACY_MAGIC, Record, read_pickle
+from consistency.checkpoints.sizes import check_network
 from consistency.checkpoints.tensors import is_zip, read_tensors
 from consistency.models.unet import UNet
 
@@ -44,6 +45,7 @@ def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[U
             config["head_channels"] = head_channels or known or HEAD_CHANNELS
         said.pop("head_channels", None)
         config["dropout"] = said.pop("dropout", 0.0)
+        check_network(config, tensors)
         network = UNet(**config)
         fill(
             network,

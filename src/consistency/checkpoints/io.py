@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints.tensors import what_torch_said
+from consistency.checkpoints.sizes import check_network, check_tensors
+from consistency.checkpoints.tensors import check_before_loading, read_tensors, what_torch_said
 from consistency.files import CHECKPOINT, MODEL_FOLDER
 from consistency.models.denoiser import Denoiser
+from consistency.reading import first_line, read_json
+from consistency.whole import damage_of
 
 FORMAT = 2  # 1: as 2, but a Fourier embedding had its halves the other way round
 
@@ -83,26 +87,35 @@ def load_model(source: str | Path, weights: str | None = None) -> tuple[Denoiser
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint of a run: tensors and plain containers."""
+    """The contents of a checkpoint of a run: tensors and plain containers, each compared with its checksum.
+
+    Raises:
+        ValueError: if it is damaged, or not a checkpoint.
+    """
     try:
+        if path.exists():
+            check_before_loading(path)
+            if (damage := damage_of(path)) is not None:
+                raise ValueError(damage)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocols of other people's pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(contents, dict):
+            raise ValueError(f"it holds a {type(contents).__name__}")
     except Exception as error:  # damaged zip files and pickles fail in every way
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # zipfile's, on wrong offsets
+            raise  # of the disk, not of the file
         what = what_torch_said(error)
         raise ValueError(f"{path} is not a readable checkpoint of this project: {what}") from error
+    return contents
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the model folder {folder} is damaged or not complete: {reason}") from error
+        stored = read_json(folder / "config.json")
+        tensors = read_tensors(folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model folder {folder} is damaged or not complete: {first_line(error)}") from error
     with _described(f"the model folder {folder}"):
         turned = stored.get("format") == 1 and stored["denoiser"]["network"].get("fourier_scale") is not None
         info = dict(stored.get("info", {}))
@@ -113,6 +126,7 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
             f"{folder} holds the weights {info.get('weights')}, not {weights}; load the run's .ckpt instead"
         )
     with _described(f"the model folder {folder}"):
+        check_network(stored["denoiser"]["network"], tensors)
         denoiser = Denoiser.from_config(stored["denoiser"])
         denoiser.network.load_state_dict(tensors)
     return denoiser.eval(), info
@@ -123,7 +137,7 @@ def _described(source: str) -> Iterator[None]:
     """Settings or tensors that do not make a model end in one line."""
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
         what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line says nothing
         raise ValueError(
             f"{source} cannot be loaded: {what[:200]}; it was changed, or written by another version"
@@ -131,20 +145,26 @@ def _described(source: str) -> Iterator[None]:
 
 
 def _load_checkpoint(path: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.get("state_dict", {}) if isinstance(checkpoint, dict) else {}
-    config = state.get("denoiser._extra_state")
-    if config is None:
+    try:
+        checkpoint = read_checkpoint(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    config = state.get("denoiser._extra_state") if isinstance(state, dict) else None
+    if state is None or config is None:
         raise ValueError(f"{path} is a checkpoint, but not of a method of this project: it holds no denoiser")
-    averages = checkpoint.get("callbacks", {}).get("WeightEMA", {}).get("averages", {})
+    with _described(str(path)):
+        averages = dict(checkpoint.get("callbacks", {}).get("WeightEMA", {}).get("averages", {}))
     weights = weights or next(iter(averages), "raw")
     if weights != "raw" and weights not in averages:
         raise ValueError(f"{path} holds the weights {['raw', *averages]}, not {weights}")
     prefix = "denoiser."
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     with _described(str(path)):
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        check_tensors((value for value in own.values() if isinstance(value, Tensor)), path.stat().st_size)
+        check_network(config["network"], own)
         denoiser = Denoiser.from_config(config)
         denoiser.load_state_dict(own | averages.get(weights, {}))
-    info = {**checkpoint.get("consistency", {}), "weights": weights, **state.get("progress._extra_state", {})}
+        info = {**checkpoint.get("consistency", {}), "weights": weights, **state.get("progress._extra_state", {})}
     info.pop("config", None)
     return denoiser.eval(), info

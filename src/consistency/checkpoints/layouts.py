@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from consistency.models.layers import ConvResample, ResidualBlock
 from consistency.models.unet import UNet
+from consistency.reading import first_line
 
 
 class BlockNames(NamedTuple):
@@ -216,10 +217,12 @@ def described(source: str | Path, layout: str) -> Iterator[None]:
         yield
     except ValueError as error:
         if "; change " not in str(error):
-            raise
+            if str(source) in str(error):
+                raise
+            raise ValueError(f"{source} is not a network of {layout}: {first_line(error)}") from error
         what = str(error).partition("; change ")[0]  # an option of training, which a converter does not have
         raise ValueError(f"{source}: {what}; check image_size, head_channels, num_heads") from error
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise ValueError(f"{source} is not a network of {layout}: {what.splitlines()[0][:160]}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from consistency.checkpoints.layouts import described, fill, openai_modules, ratio
+from consistency.checkpoints.sizes import check_network
 from consistency.checkpoints.tensors import read_tensors
 from consistency.models.unet import UNet
 
@@ -41,7 +42,9 @@ def read_openai(
             "another order; only those of openai/consistency_models can be read"
         )
     with described(source, "OpenAI's layout"):
-        network = UNet(**_config(tensors, str(source), image_size, head_channels, num_heads))
+        config = _config(tensors, str(source), image_size, head_channels, num_heads)
+        check_network(config, tensors)
+        network = UNet(**config)
         # The rows of qkv are in our order, although the class is called QKVAttentionLegacy (unet.py:397-438).
         fill(network, tensors, openai_modules(network), source=str(source), label_table=True)
     return network

@@ -11,6 +11,7 @@ import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ import torch
 from torch import Tensor
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its zip files
+_MAX_BYTES = 1 << 34  # of a file; NVlabs' largest has 1.2 GB
+_MAX_OPERATIONS = 20_000_000  # its opcodes; NVlabs' files have less than a million
+_SLACK = 1 << 24  # bytes
+_MAX_PREFIX = 500  # letters of a module's name
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -49,7 +54,7 @@ class Record:
     def __setstate__(self, state: Any) -> None:
         parts = state if isinstance(state, tuple) else (state,)
         for part in parts:
-            self.attributes.update(part or {})
+            self.attributes.update(_checked_state(part))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the parameters and buffers below a module, named as in its state dict."""
@@ -65,6 +70,8 @@ class Record:
         waiting, seen = [("", self)], {id(self)}
         while waiting:
             prefix, module = waiting.pop()
+            if len(prefix) > _MAX_PREFIX:
+                raise ValueError(f"its modules lie in each other too deep (names of more than {_MAX_PREFIX} letters)")
             yield prefix, module
             for name, child in reversed(module.attributes.get("_modules", {}).items()):
                 if isinstance(child, Record) and id(child) not in seen:
@@ -79,7 +86,7 @@ class _PlainDict(dict[str, Any]):
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        self.update(state or {})
+        self.update(_checked_state(state))
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -88,7 +95,11 @@ def read_pickle(path: str | Path) -> Any:
     Raises:
         ValueError: if it names anything that is not on the short list, or is damaged.
     """
-    data = Path(path).read_bytes()
+    with Path(path).open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{path} was not read: it is larger than {_MAX_BYTES:,} bytes")
+    token = _budget.set(_Budget(len(data)))
     try:
         return _Unpickler(io.BytesIO(data)).load()
     except _RefusedError as error:
@@ -96,6 +107,30 @@ def read_pickle(path: str | Path) -> Any:
     except Exception as error:  # an unpickler fails in every way on damaged input
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable pickle: {reason}") from error
+    finally:
+        _budget.reset(token)
+
+
+class _Budget:
+    """What reading a file may take. An opcode of two bytes can ask for a copy of all that came before it."""
+
+    def __init__(self, size: int) -> None:
+        self.left, self.operations = 4 * size + _SLACK, _MAX_OPERATIONS
+
+    def spend(self, amount: int) -> None:
+        """Take so many bytes, roughly, before they are made."""
+        self.left -= amount
+        if self.left < 0:
+            raise _RefusedError("it repeats itself: its contents are several times as large as the file")
+
+    def step(self) -> None:
+        """One opcode; most make an object of about 64 bytes."""
+        self.operations -= 1
+        if self.operations < 0:
+            raise _RefusedError(f"it has more than {_MAX_OPERATIONS:,} operations")
+
+
+_budget: ContextVar[_Budget] = ContextVar("budget")
 
 
 class _RefusedError(Exception):
@@ -108,6 +143,14 @@ _NOTHING = "nothing of it was run"
 def _shown(text: Any) -> str:
     """A name from the file in a message: short, on one line, without control characters."""
     return text[:80].encode("unicode_escape").decode()[:80] if isinstance(text, str) else type(text).__name__
+
+
+def _checked_state(state: Any) -> dict[Any, Any]:
+    """The attributes that an object is given: a dictionary, whose keys were checked when it was made."""
+    if not isinstance(state, dict | None):
+        raise _RefusedError(f"it gives an object a {type(state).__name__} as its attributes")
+    _budget.get().spend(100 * len(state or ()))
+    return state or {}
 
 
 def _check_key(key: Any) -> None:
@@ -124,6 +167,17 @@ class _Unpickler(_PythonUnpickler):
     The one written in Python: its memo is a dictionary. That of the C one is an array as long as the largest index that
     a stream names.
     """
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, encoding="ASCII")
+        read, budget = stream.read, _budget.get()
+
+        def counted(count: int) -> bytes:
+            if count == 1:  # an opcode; without frames each is read from the file
+                budget.step()
+            return read(count)
+
+        self._file_read = counted
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for `module.name`."""
@@ -158,6 +212,9 @@ class _Unpickler(_PythonUnpickler):
             _check_key(item)
         _PythonUnpickler.load_additems(self)
 
+    def _load_frame(self) -> None:
+        self.read(8)  # its length: nothing is read ahead
+
     def _refuse(self) -> None:
         raise _RefusedError("it uses an opcode that no file of weights needs")
 
@@ -169,6 +226,8 @@ class _Unpickler(_PythonUnpickler):
         pickle.ADDITEMS[0]: _load_items,
         pickle.FROZENSET[0]: _refuse,
         pickle.BYTEARRAY8[0]: _refuse,  # allocates what it announces
+        pickle.FRAME[0]: _load_frame,
+        pickle.LONG4[0]: _refuse,  # dividing by a number of a million digits takes hours
     }
 
 
@@ -197,6 +256,7 @@ class _StorageUnpickler(_Unpickler):
 
 def _load_storage(data: bytes) -> Tensor:
     """`torch.storage._load_from_bytes`, which unpickles again, done by our own unpickler: a 1-D tensor."""
+    _budget.get().spend(2 * len(data))
     stream = io.BytesIO(data)
     if _StorageUnpickler(stream).load() != LEGACY_MAGIC:
         raise _RefusedError("a tensor in it is not in the old format of torch.save")
@@ -209,6 +269,8 @@ def _load_storage(data: bytes) -> Tensor:
     for key in keys:
         dtype, numel = reader.storages[key]
         size = numel * torch.empty(0, dtype=dtype).element_size()
+        if size < 0:
+            raise ValueError("a tensor has less than no numbers")
         stream.seek(8, io.SEEK_CUR)  # the count of elements once more
         raw = stream.read(size)
         if len(raw) != size:
@@ -220,6 +282,7 @@ def _load_storage(data: bytes) -> Tensor:
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     if math.prod(size) > storage.numel():
         raise ValueError("a tensor is larger than its storage")
+    _budget.get().spend(storage.element_size() * math.prod(size))
     return storage.as_strided(size, stride, offset).clone()
 
 
@@ -248,10 +311,12 @@ def _encode(text: str, encoding: str) -> bytes:
     """Bytes in streams of protocol 2."""
     if encoding != "latin1":
         raise _RefusedError(f"it holds bytes as {_shown(encoding)}")
+    _budget.get().spend(len(text))
     return text.encode("latin1")
 
 
 def _set(items: Any = ()) -> set[Any]:
+    _budget.get().spend(100 * len(items))
     for item in items:
         _check_key(item)
     return set(items)

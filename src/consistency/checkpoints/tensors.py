@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from consistency.checkpoints.sizes import check_stored, check_tensors
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -23,6 +27,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        check_before_loading(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -38,7 +43,28 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a state dict: it holds a {type(contents).__name__} of other things than tensors"
         )
+    try:
+        check_tensors(contents.values(), path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{path} was not read: {error}") from None
     return dict(contents)
+
+
+def check_before_loading(path: Path) -> None:
+    """Refuse what `torch.load` would give memory to: packed entries, and `bytearray(n)`, which it lets a file call.
+
+    Raises:
+        ValueError: with what it is.
+    """
+    if not is_zip(path):
+        return
+    check_stored(path)
+    with zipfile.ZipFile(path) as file:
+        for name in file.namelist():
+            if name.endswith("data.pkl"):
+                called = {str(what) for op, what, _ in pickletools.genops(file.read(name)) if op.name == "GLOBAL"}
+                if odd := sorted(called & {"builtins bytearray", "__builtin__ bytearray"}):
+                    raise ValueError(f"it asks for {odd[0]}, which no file of tensors needs")
 
 
 def is_zip(path: Path) -> bool:

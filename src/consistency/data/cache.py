@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from consistency.data.arrays import DecodedImages, ImageArray, histogram, mean_a
 from consistency.data.cropping import Crop
 from consistency.data.sources import Source
 from consistency.files import locked
+from consistency.reading import first_line, read_json, read_npy_header
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,10 @@ def cached(
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """What a cache says of itself: settings, count, classes, mean, std, sha256, bytes."""
-    return json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json")
+    if not isinstance(meta, dict):
+        raise ValueError(f"{folder / 'meta.json'} is not a table")
+    return meta
 
 
 def _open(folder: Path) -> ImageArray | None:
@@ -92,17 +97,32 @@ def _open(folder: Path) -> ImageArray | None:
         return None
     try:
         meta = read_meta(folder)
-        damaged = [name for name, size in meta["bytes"].items() if (folder / name).stat().st_size != size]
-        classes = tuple(meta["classes"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        damaged = [f"meta.json ({type(error).__name__}: {error})"]
-    if damaged:
-        log.warning("%s is damaged (%s) and will be built anew", folder, ", ".join(damaged))
-        return None
-    # Copy on write: a private mapping is shared until written to, and PyTorch does not warn of read-only memory.
-    arrays = (np.load(folder / name, mmap_mode="c") for name in ("images.npy", "labels.npy"))
-    images, labels = (torch.from_numpy(array) for array in arrays)
-    return ImageArray(images, labels, classes, folder)
+        if len(meta["mean"]) != len(meta["std"]) or not all(isinstance(n, float) for n in meta["mean"] + meta["std"]):
+            raise ValueError("mean and std are not lists of numbers")
+        if not isinstance(meta["source"], str) or not isinstance(meta["sha256"]["images"], str):
+            raise ValueError("source or sha256 is not text")
+        damaged = [name for name in ("images.npy", "labels.npy") if _size(folder / name) != meta["bytes"][name]]
+        if not damaged:
+            # Copy on write: a mapping is shared until written to, and PyTorch does not warn of read-only memory.
+            arrays = (
+                np.load(folder / name, mmap_mode="c", allow_pickle=False) for name in ("images.npy", "labels.npy")
+            )
+            images, labels = (torch.from_numpy(array) for array in arrays)
+            return ImageArray(images, labels.long(), tuple(map(str, meta["classes"])), folder)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        damaged = [first_line(error)]
+    log.warning("%s is damaged (%s) and will be built anew", folder, ", ".join(damaged))
+    return None
+
+
+def _size(path: Path) -> int:
+    """Bytes of an `.npy`, if its header declares as many: a shorter one, mapped, would kill the process when read."""
+    with path.open("rb") as file:
+        shape, dtype = read_npy_header(file)
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if start + dtype.itemsize * math.prod(shape) != size:
+        raise ValueError(f"{path.name} declares {list(shape)} of {dtype} and has {size:,} bytes")
+    return size
 
 
 def _build(images: DecodedImages, folder: Path, settings: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from consistency.data.sources import Files
+from consistency.reading import read_npz
 
 _GRID = "consistency, a grid of images"  # in the PNG's text
 
@@ -42,7 +42,7 @@ def is_grid(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             return image.info.get("Software") == _GRID
     except Exception:  # whatever it is, it is no grid
         return False
@@ -76,11 +76,7 @@ def read_images(source: str | Path) -> Tensor:
             raise ValueError(f"{name} is {shape}, the first image {list(arrays[0].shape)}; they must be alike")
         array = np.stack(arrays)
     else:
-        try:
-            with np.load(source, allow_pickle=False) as contents:
-                array = contents["arr_0"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{source} is no .npz with images in arr_0 ({type(error).__name__})") from error
+        array = read_npz(source, ["arr_0"]).get("arr_0", np.empty(0))
     array = array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
         raise ValueError(f"{source} holds {array.dtype} {list(array.shape)}; expected uint8 images [N, H, W, 1 or 3]")
@@ -90,7 +86,7 @@ def read_images(source: str | Path) -> Tensor:
 def _decoded(files: Files, index: int) -> np.ndarray:
     try:
         return np.asarray(files.open(index))
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's decoders raise a dozen kinds of errors on damaged files
         raise ValueError(
             f"{files.describe(index)} cannot be read as an image; replace the file or take it out"
         ) from error

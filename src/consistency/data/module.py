@@ -217,21 +217,31 @@ class ImageDataModule(L.LightningDataModule):
         """
         images, labels = self._gather(batch) if self.on_device else batch
         if self.flip:
-            mirrored = torch.rand(len(images), generator=self._generator("flip")) < 0.5
+            parts = self._generators("flip", len(images))
+            mirrored = torch.cat([torch.rand(len(part), generator=generator) for part, generator in parts]) < 0.5
             images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
         images = from_uint8(images)
         if self.augment is None:
             return images, labels
-        images, augment_labels = self.augment(images, self._generator("augment"))
+        parts = self._generators("augment", len(images))
+        augmented = [self.augment(images[part.start : part.stop], generator) for part, generator in parts]
+        images, augment_labels = (torch.cat(results) for results in zip(*augmented, strict=True))
         return images, labels, augment_labels
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        """Randomness of this rank at this place of the run; on the CPU, so that every device gets the same."""
+    def _generators(self, purpose: str, count: int) -> list[tuple[range, torch.Generator]]:
+        """Randomness of this rank at this place of the run; on the CPU, so that every device gets the same.
+
+        One for all images of the micro-batch, or one for each (`progress.image_seed`).
+        """
         trainer = self.trainer
         assert trainer is not None
         progress: Any = trainer.lightning_module.progress
+        seeds = progress.seeds_of_images(count, trainer.global_rank, purpose)
+        if seeds is not None:
+            return [(range(i, i + 1), torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)]
         position = progress.images_seen + progress.pending
-        return torch.Generator().manual_seed(derive_seed(purpose, self.seed, trainer.global_rank, position))
+        seed = derive_seed(purpose, self.seed, trainer.global_rank, position)
+        return [(range(count), torch.Generator().manual_seed(seed))]
 
     def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         if self._resident is None or self._resident[0].device != indices.device:

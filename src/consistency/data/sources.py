@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -20,10 +21,18 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from consistency.reading import first_line, parse_json
+
 log = logging.getLogger(__name__)
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MAX_BYTES, MAX_PIXELS = 1 << 28, 1 << 27  # of one image, encoded and decoded: beyond them it is a mistake or a bomb
 MAX_CLASSES = 1_000_000  # a label above it is a mistake, and a list of all classes would not fit into memory
+
+
+# Of damaged zips; RuntimeError: encrypted, or a decompressor that is not there (NotImplementedError).
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError, struct.error)
 
 
 class Source(Protocol):
@@ -85,7 +94,7 @@ class Files:
 
     def open(self, index: int) -> Image.Image:
         """The image."""
-        return _decoded((self.root / self.names[index]).read_bytes())
+        return _decoded(_read_bounded(self.root / self.names[index]))
 
     def describe(self, index: int) -> str:
         """Its path."""
@@ -112,7 +121,10 @@ class Zip:
         if not self.path.is_file() or not zipfile.is_zipfile(self.path):
             raise ValueError(f"{path} is not a zip, or is cut short; change data.dataset.path")
         self.name, self._zip = self.path.stem, _PerProcess(partial(zipfile.ZipFile, self.path))
-        infos = {info.filename: info for info in self._zip().infolist()}
+        try:
+            infos = {info.filename: info for info in self._zip().infolist()}
+        except (OSError, ValueError, *_ZIP_ERRORS) as error:
+            raise ValueError(f"{path} is a damaged zip ({first_line(error)}); change data.dataset.path") from error
         self.names = sorted(name for name in infos if _is_image(name))
         if not self.names:
             raise ValueError(f"{path} holds no images ({', '.join(ENDINGS)}); change data.dataset.path")
@@ -126,9 +138,10 @@ class Zip:
 
     def _read_labels(self) -> list[int]:
         try:
-            pairs = json.loads(self._zip().read("dataset.json"))["labels"]
+            with self._zip().open("dataset.json") as file:
+                pairs = parse_json(file.read(MAX_BYTES), self.path)["labels"]
             labels = {} if pairs is None else {str(name): label for name, label in pairs}
-        except (ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, LookupError, TypeError, *_ZIP_ERRORS) as error:
             raise ValueError(f'{self.path}: dataset.json is not {{"labels": [[name, label], ...]}}') from error
         if not labels:
             return []
@@ -147,7 +160,8 @@ class Zip:
 
     def open(self, index: int) -> Image.Image:
         """The image."""
-        return _decoded(self._zip().read(self.names[index]))
+        with self._zip().open(self.names[index]) as file:  # a part that declares a terabyte is not unpacked
+            return _decoded(file.read(MAX_BYTES + 1))
 
     def describe(self, index: int) -> str:
         """The zip and the name in it."""
@@ -267,10 +281,22 @@ def _image_names(root: Path) -> Iterable[str]:
 
 
 def _decoded(data: bytes) -> Image.Image:
-    """The image; decoded at once, so that errors come from here and no file stays open."""
-    image = Image.open(io.BytesIO(data))
+    """The image; decoded at once, so that errors come from here and no file stays open.
+
+    Only formats of `ENDINGS`: Pillow would hand a PostScript file, whatever it is called, to an interpreter.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"is larger than {MAX_BYTES:,} bytes, the limit for one image")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"declares {image.width:,} x {image.height:,} pixels; {MAX_PIXELS:,} is the limit")
     image.load()
     return image
+
+
+def _read_bounded(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def _hash(facts: Iterable[tuple[Any, ...]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +19,7 @@ from consistency.evaluation.extractors import INCEPTION_SHA256, PREPROCESSING, E
 from consistency.evaluation.statistics import FeatureStatistics, Moments
 from consistency.evaluation.storage import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
 from consistency.files import locked
+from consistency.reading import read_npz
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +183,9 @@ def _read_npz(path: Path, moments_only: bool) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"reference={path} is no file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            wanted = {"mu", "sigma", "mu_s"} | (set() if moments_only and "mu" in file else {"arr_0"})
-            return {name: file[name] for name in file.files if name in wanted}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"reference={path} is not an .npz of plain arrays ({str(error).splitlines()[0]})") from error
+        return read_npz(path, ("mu", "sigma", "mu_s", "arr_0"), unless=("arr_0", "mu") if moments_only else None)
+    except ValueError as error:
+        raise ValueError(f"reference={error}") from error
 
 
 def _images(array: np.ndarray, path: Path) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from consistency.reading import parse_json
+
 
 def digest_of(*tensors: Tensor) -> str:
     """sha256 of dtypes, shapes and values, in hexadecimal: equal for equal tensors, wherever they lie."""
@@ -57,7 +59,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["meta"])
+            meta = parse_json(file.metadata()["meta"], path)
+            if not isinstance(meta, dict):
+                raise ValueError("it says nothing of itself")
+            return meta
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
@@ -72,9 +77,9 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
     try:
         with safe_open(path, framework="pt") as file:
-            sums = json.loads(file.metadata()["sha256"])
+            sums = dict(parse_json(file.metadata()["sha256"], path))
             tensors = {name: file.get_tensor(name) for name in (sums if names is None else names)}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     for name, tensor in tensors.items():
         if digest_of(tensor) != sums.get(name):

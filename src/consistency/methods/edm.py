@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consistency.losses.denoising import denoising_loss
 from consistency.methods.progress import Progress, configure_optimizer
+from consistency.methods.step import draw_batch
 from consistency.models.denoiser import Denoiser
 
 
@@ -54,13 +55,11 @@ class EDM(L.LightningModule):
         `batch` is images and labels, and augmentation labels where the data are augmented.
         """
         images, labels, *augment = batch
-        step = self.progress.step
-        self.progress.count(len(images) * self.trainer.world_size)
-        sigma = self.draw(step, len(images), images.device)
+        sigma, noise = draw_batch(self, images)
         loss = denoising_loss(
             self.denoiser,
             images,
-            torch.randn_like(images),
+            noise,
             sigma,
             weight=self.weighting(sigma, sigma),
             labels=labels,

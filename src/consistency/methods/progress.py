@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from consistency.ops import derive_seed
+
 
 class Progress(nn.Module):
     """Optimizer steps done and images seen; saved and restored with the state dict of the method.
 
     Lightning's `global_step` counts optimizer *calls*, this counts steps that happened: a step that the fp16 scaler
     skips does not count. Images of micro-batches are `pending` until their step is done.
+
+    Schedules follow `schedule_step`, which is `step` as long as the batch stays the same. A run that goes on with
+    another batch has its schedules where they were *in images*: after 1,000 steps of 128, the next step of 256 is the
+    500th of its schedules.
     """
 
     def __init__(self) -> None:
@@ -24,11 +30,33 @@ class Progress(nn.Module):
         self.images_seen = 0
         self.pending = 0
         self.total_steps: int | None = None
+        self.batch_size: int | None = None  # images of an optimizer step; set before a state is loaded
+        self.first_batch_size: int | None = None  # of the session in which the run began
+        self.was_converted = False  # the state was of another batch
+        self.image_seed: int | None = None  # with it each image has random numbers of its own; see StepSeeds
+        self._schedule_offset = 0
+
+    @property
+    def schedule_step(self) -> int:
+        """k of the papers, in steps of the present batch."""
+        return self.step + self._schedule_offset
 
     @property
     def is_over(self) -> bool:
         """Whether the run has done its `total_steps`; False where nobody said how many."""
-        return self.total_steps is not None and self.step >= self.total_steps
+        return self.total_steps is not None and self.schedule_step >= self.total_steps
+
+    @property
+    def batch_ratio(self) -> float:
+        """The present batch in units of the first: averages per step go as far with each image as they did."""
+        return (self.batch_size or 1) / (self.first_batch_size or self.batch_size or 1)
+
+    def seeds_of_images(self, count: int, rank: int, purpose: str = "noise") -> list[int] | None:
+        """A seed for each image of the next micro-batch of this rank, of its place in the run; None: one for all."""
+        if self.image_seed is None:
+            return None
+        first = self.images_seen + self.pending + rank * count  # consecutive places, as data/module.py deals them out
+        return [derive_seed(purpose, self.image_seed, place) for place in range(first, first + count)]
 
     def count(self, num_images: int) -> None:
         """Note images (over all ranks) that entered a forward pass."""
@@ -41,12 +69,27 @@ class Progress(nn.Module):
         self.pending = 0
 
     def get_extra_state(self) -> dict[str, int]:
-        """Part of the state dict."""
-        return {"step": self.step, "images_seen": self.images_seen}
+        """Part of the state dict; `schedule_step` and batches are there where the batch is known."""
+        state = {"step": self.step, "images_seen": self.images_seen}
+        if self.batch_size is None:
+            return state
+        first = self.first_batch_size or self.batch_size
+        return {
+            **state,
+            "schedule_step": self.schedule_step,
+            "batch_size": self.batch_size,
+            "first_batch_size": first,
+        }
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Restore; images of an unfinished step will be seen again."""
         self.step, self.images_seen, self.pending = state["step"], state["images_seen"], 0
+        schedule_step, before = state.get("schedule_step", self.step), state.get("batch_size")
+        self.first_batch_size = state.get("first_batch_size")
+        self.was_converted = None not in (before, self.batch_size) and before != self.batch_size
+        if before is not None and self.batch_size is not None:
+            schedule_step = schedule_step * before // self.batch_size
+        self._schedule_offset = schedule_step - self.step
 
 
 def configure_optimizer(
@@ -64,11 +107,39 @@ def configure_optimizer(
         progress: Counters of the method.
     """
     built = optimizer(parameters)
+
+    def count(*_: Any) -> None:
+        # Without gradients nothing was changed: the step was skipped (callbacks.alarms).
+        if any(parameter.grad is not None for group in built.param_groups for parameter in group["params"]):
+            progress.advance()
+
     # A hook of the optimizer itself, because GradScaler does not call `step` when it skips one.
-    built.register_step_post_hook(lambda *_: progress.advance())
+    built.register_step_post_hook(count)
     if lr_schedule is None:
         return {"optimizer": built}
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built), "interval": "step"}}
+
+
+def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Mapping[str, Any]) -> None:
+    """Give an optimizer whose state was loaded the options of now: a state holds those that it was saved with.
+
+    Args:
+        optimizer: After loading.
+        schedules: Its learning rate schedules; they keep their place.
+        options: Arguments of its constructor, as lr, betas, weight_decay.
+    """
+    for group in optimizer.param_groups:
+        for name, value in options.items():
+            if name == "lr":
+                base = group.get("initial_lr", group["lr"])
+                group["lr"] = value if base == group["lr"] else group["lr"] * value / base
+                if "initial_lr" in group:
+                    group["initial_lr"] = value
+            elif name in group:
+                group[name] = tuple(value) if isinstance(group[name], tuple) else value
+    for schedule in schedules:
+        if "lr" in options:
+            schedule.base_lrs = [options["lr"]] * len(schedule.base_lrs)
 
 
 def linear_warmup(optimizer: Optimizer, *, images: int, batch_size: int) -> LambdaLR:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from consistency import reading
+
 # Whole numbers and texts of a row say how a score was measured; of the numbers with a point, these do not.
 _NO_SCORES = ("images_seen", "step", "nfe", "seed")
+
+_MAX_ROWS = 1 << 28  # bytes of a file of rows that are read
 
 Curve = dict[int, float]  # images seen -> value
 
@@ -20,7 +23,7 @@ def number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -37,7 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: for anything else, a file of no bytes included.
         OSError: if it cannot be read.
     """
-    content = json.loads(file.read_text())
+    content = reading.read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is not an object")
     return content
@@ -50,27 +53,17 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ValueError: for a file that breaks off, or that holds no settings.
         OSError: if it cannot be read.
     """
-    import yaml
-
-    # The C parser takes 4 ms where OmegaConf.load takes 60; what OmegaConf wrote means the same to both.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = file.read_text()
-    try:
-        content = yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file.name} is no YAML") from error
-    if not isinstance(content, dict) or not content or not text.endswith("\n"):
+    content = reading.read_yaml(file)
+    if not content or not file.read_bytes().endswith(b"\n"):
         raise ValueError(f"{file.name} breaks off")
     return content
 
 
 def read_overrides(file: Path) -> tuple[str, ...]:
     """`.hydra/overrides.yaml`: what was typed; empty where there is none or it is damaged."""
-    import yaml
-
     try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        content = reading.parse_yaml(file)
+    except (OSError, ValueError):
         return ()
     return tuple(map(str, content)) if isinstance(content, list) else ()
 
@@ -106,7 +99,7 @@ def _json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     rows, damaged = [], 0
     for line in _text(file).splitlines():
         try:
-            row = json.loads(line)
+            row = reading.parse_json(line, file)
         except ValueError:
             row = None
         if isinstance(row, dict):
@@ -150,5 +143,8 @@ def read_metrics(file: Path) -> Metrics:
 
 
 def _text(file: Path) -> str:
-    """A file that need not exist; bytes that are no text become marks, which no parser takes."""
-    return file.read_text(errors="replace") if file.is_file() else ""
+    """A file that need not exist; bytes that are no text become marks, which no parser takes, and so does an end."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        return stream.read(_MAX_ROWS).decode(errors="replace").replace("\r\n", "\n")

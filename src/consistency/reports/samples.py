@@ -64,9 +64,9 @@ def _grid_of(group: Group, sampler: str) -> _Grid | None:
         if path is None:
             continue
         try:
-            with Image.open(path) as opened:
+            with Image.open(path, formats=("PNG",)) as opened:
                 image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError):  # a damaged picture; SyntaxError is what Pillow says of some
+        except Exception:  # of a damaged picture, or one that is a bomb: Pillow raises a dozen kinds
             continue
         count = (run.settings or {}).get("callbacks.sample_grid.num_samples")
         columns = math.ceil(count**0.5) if isinstance(count, int) and count > 0 else 1

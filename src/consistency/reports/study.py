@@ -151,6 +151,8 @@ def _listed(content: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     runs = content.get("runs")
     listed: dict[str, tuple[str, ...]] = {}
     for name, run in runs.items() if isinstance(runs, dict) else ():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            continue  # of no folder in this one
         given = run.get("overrides") if isinstance(run, dict) else None
         listed[name] = tuple(map(str, given)) if isinstance(given, list) else ()
     return listed

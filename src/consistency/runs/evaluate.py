@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.protocol import Evaluation
 from consistency.evaluation.references import Reference, read_reference, reference_of_images
 from consistency.models.denoiser import Denoiser
+from consistency.reading import read_yaml
 from consistency.runs.sample import check_sampler, find_device
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
 
@@ -202,12 +205,33 @@ def _data(cfg: DictConfig) -> ImageDataModule | None:
     """The data module that is named, or that of the run; None if there is neither."""
     node = cfg.get("data")
     if node is None and cfg.ckpt is not None and (file := Path(cfg.ckpt) / "config.yaml").exists():
-        node = OmegaConf.load(file).data
+        node = OmegaConf.create(_own_parts(read_yaml(file).get("data"), file))
     if node is None:
         return None
     data: ImageDataModule = instantiate(node, _convert_="object")
     data.setup("fit")
     return data
+
+
+def _own_parts(node: Any, file: Path) -> Any:
+    """The data of a run, which may be somebody else's: only parts of this package are made, and nothing is looked up.
+
+    Raises:
+        ValueError: if it names anything else.
+    """
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        own = key != "_target_" or (isinstance(value, str) and _is_own(value))
+        if not own or (isinstance(value, str) and "${" in value):
+            raise ValueError(f"{file} asks for {str(value)[:80]!r}, which may run anything; name the data with data=")
+        _own_parts(value, file)
+    return node
+
+
+def _is_own(target: str) -> bool:
+    """Whether a dotted name is of a public class or function of ours, not of one that such a module has imported."""
+    module, _, name = target.rpartition(".")
+    own = re.fullmatch(r"consistency\.data\.(module|datasets|cropping|augment)", module) is not None
+    return own and name[:1] != "_" and getattr(getattr(import_module(module), name, None), "__module__", "") == module
 
 
 def _even_levels(denoiser: Denoiser, steps: int) -> list[float]:

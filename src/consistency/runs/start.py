@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from consistency.config import validate
 from consistency.files import locked
+from consistency.reading import read_yaml
 from consistency.runs.folder import (
     RefusedError,
     check_same_settings,
@@ -64,14 +66,17 @@ def start(cfg: DictConfig, job: Callable[[], float | None]) -> float | None:
                 raise RefusedError(
                     "overwrite=true is for one command, not for ranks that a scheduler starts; run_name=NAME"
                 )
+            validate(cfg)  # a wrong option must not set a good run aside
             set_aside(run_dir)
-        check_same_settings(cfg, run_dir)
         if _is_done(cfg, run_dir):
+            if (file := run_dir / "config.yaml").exists():
+                check_same_settings(cfg, read_yaml(file), run_dir)
             return _of_finished(cfg, run_dir)
         try:
             return job()
         except Exception as error:
-            _record(run_dir, error)
+            with suppress(OSError):  # the folder may be what is gone
+                _record(run_dir, error)
             raise
 
 
@@ -153,6 +158,8 @@ def environment_of_run(**variables: str) -> dict[str, str]:
     """What a run of its own gets: it watches its standard input, and is found and tracked as if typed by a person."""
     environment = {**os.environ, **variables, WATCH_STDIN: "1", "PYTHONSAFEPATH": "1"}  # -m would import from the cwd
     environment.pop("WANDB_RUN_ID", None)  # of one run, not of many
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):  # one run of many must not queue the job again
+        environment.pop(name, None)
     if "SLURM_NTASKS" in environment:
         # Lightning takes a job of one task on SLURM for one rank of it, unless the job is called interactive.
         environment["SLURM_JOB_NAME"] = "interactive"

@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.runs.folder import objective_of, status_of, write_status
+from consistency.runs.slurm import requeue
 from consistency.runs.start import REFUSED, command_of, environment_of_run
 from consistency.sweeps.slots import Slot, find_slots
 from consistency.sweeps.study import INVALID, note_runs, shown
@@ -69,7 +70,7 @@ class LocalLauncher(Launcher):
 
         Raises:
             ValueError: if two runs would share a directory.
-            SystemExit: after Ctrl-C or SIGTERM, when every run has saved and stopped.
+            SystemExit: after Ctrl-C, SIGTERM or SIGUSR1, when every run has saved and stopped.
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -85,6 +86,8 @@ class LocalLauncher(Launcher):
             self._work(jobs, slots)
         if self._stopping is not None:
             log.info("stopped; the same command goes on with what is left")
+            if self._stopping == signal.SIGUSR1:
+                requeue()
             sys.exit(128 + self._stopping)
         return [job.result for job in jobs]
 
@@ -184,7 +187,7 @@ class LocalLauncher(Launcher):
             self._stopping = number
 
         self._stopping, self._again, self._told = None, False, False
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
         finally:

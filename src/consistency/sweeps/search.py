@@ -21,7 +21,7 @@ from consistency.config import is_neutral
 from consistency.files import locked
 from consistency.sweeps.slots import find_slots
 from consistency.sweeps.space import as_override, check_same_settings, check_same_space, read_space, settings_of
-from consistency.sweeps.study import check_folder, note_runs
+from consistency.sweeps.study import check_folder, check_no_estimate, note_runs
 from consistency.sweeps.trials import (
     JOURNAL,
     last_tries,
@@ -95,6 +95,7 @@ class SearchSweeper(Sweeper):
         """
         try:
             self._check()
+            check_no_estimate(arguments)
             folder = Path(str(self.config.hydra.sweep.dir))
             check_folder(self.config.study_name)
             folder.mkdir(parents=True, exist_ok=True)

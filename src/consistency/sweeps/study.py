@@ -15,6 +15,7 @@ from typing import Any
 
 from consistency.config import is_name
 from consistency.files import locked
+from consistency.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,11 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        listed = json.loads(file.read_text())
-        if isinstance(listed, dict) and isinstance(listed.get("runs", {}), dict):
+        listed = read_json(file)
+        runs = listed.get("runs", {}).values()
+        if all(isinstance(about["overrides"], list) for about in runs):
             return listed
-    except ValueError:
+    except (ValueError, AttributeError, LookupError, TypeError):
         pass
     aside = file.with_suffix(f".damaged-{time.time_ns()}")
     file.rename(aside)
@@ -72,6 +74,16 @@ def check_folder(name: object) -> None:
     """
     if not is_name(name):
         raise ValueError(f"study_name must be of letters, digits and . , = + - _ (a folder in outputs/), got {name!r}")
+
+
+def check_no_estimate(arguments: Sequence[str]) -> None:
+    """Refuse to estimate many runs at once: side by side they would slow each other down.
+
+    Raises:
+        ValueError: if an argument sets `estimate`.
+    """
+    if any(argument.lstrip("+").startswith("estimate=") for argument in arguments):
+        raise ValueError("estimate=true is for one run; leave out -m, ablation= and sweep=")
 
 
 def _is_over(run_dir: Path, about: Mapping[str, Any], runs: Mapping[str, Sequence[str]]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
+from consistency.reading import first_line, read_json
 from consistency.runs.folder import status_of
 from consistency.sweeps.space import as_override
 from consistency.sweeps.study import STUDY_FILE
@@ -28,7 +29,7 @@ def open_study(folder: Path, name: str, direction: str, pruner: Any) -> Any:
     """Open the search of a folder, or begin it; a folder that was renamed keeps its search.
 
     Raises:
-        ValueError: if it was begun with the other direction.
+        ValueError: if it was begun with the other direction, or its file is damaged.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -37,10 +38,18 @@ def open_study(folder: Path, name: str, direction: str, pruner: Any) -> Any:
     file = (folder / JOURNAL).absolute()  # Optuna's lock is a link to it
     lock = JournalFileSymlinkLock(str(file))
     _mend(file, lock)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(file), lock))
-    name = next(iter(optuna.get_all_study_names(storage)), name)
     wanted = optuna.study.StudyDirection[direction.upper()]
-    study = optuna.create_study(study_name=name, storage=storage, direction=wanted, pruner=pruner, load_if_exists=True)
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(file), lock))
+        name = next(iter(optuna.get_all_study_names(storage)), name)
+        study = optuna.create_study(
+            study_name=name, storage=storage, direction=wanted, pruner=pruner, load_if_exists=True
+        )
+    except OSError:
+        raise
+    except Exception as error:  # Optuna replays the file, and stumbles over whatever is wrong in it
+        what = f"{file} is damaged ({type(error).__name__}: {first_line(error)})"
+        raise ValueError(f"{what}; move it away, or study_name=NAME for another search") from error
     if (old := study.direction.name.lower()) != direction:
         raise ValueError(
             f"the search in {folder} is with hydra.sweeper.direction={old}, not {direction}; use that, or "
@@ -163,7 +172,7 @@ def write_summary(study: Any, folder: Path, objective: str | None) -> dict[str, 
 def _runs_of(folder: Path) -> dict[str, str]:
     """Name of a trial -> its run directory."""
     file = folder / STUDY_FILE
-    runs = json.loads(file.read_text())["runs"] if file.exists() else {}
+    runs = read_json(file)["runs"] if file.exists() else {}
     return {
         entry.removeprefix("variant="): run
         for run, known in runs.items()

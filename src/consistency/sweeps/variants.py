@@ -17,7 +17,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.sweeps.launcher import LocalLauncher
-from consistency.sweeps.study import check_folder, in_one_line, note_runs, shown
+from consistency.sweeps.study import check_folder, check_no_estimate, in_one_line, note_runs, shown
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class StudySweeper(Sweeper):
             SystemExit: with one line if the study cannot be started as asked, with code 1 if a run failed.
         """
         with in_one_line():
+            check_no_estimate(arguments)
             results = self._launch(arguments)
         folder = Path(str(self.config.hydra.sweep.dir))
         failed = [result for result in results if result.status != JobStatus.COMPLETED]

@@ -1,0 +1,205 @@
+"""What goes wrong without an error: gradients that are not finite, and a model that draws one image for all noise."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from consistency.data.module import ShuffledBatches
+from consistency.methods.edm import EDM
+
+log = logging.getLogger(__name__)
+
+MOST_NORMS = 50  # gradient norms in a repro file
+
+
+class NonFinite(Callback):
+    """Do not apply a step whose gradient holds a nan or an inf; stop after `patience` of them in a row.
+
+    Such a step leaves weights and moments as they are, and advances neither averages nor target nor curriculum; its
+    images count as seen. The check comes after accumulation and the mean over ranks, before clipping, on unscaled
+    gradients. Under fp16 it is the scaler that skips; a few steps at the start of a run, while it looks for its scale,
+    are normal. Skipped steps are counted in the column `nonfinite_steps`.
+
+    Args:
+        dirpath: Where `nonfinite_rank0.json` is written when the run stops: what is needed to make the step again.
+        patience: Steps in a row.
+    """
+
+    def __init__(self, dirpath: str, patience: int = 20) -> None:
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}; change callbacks.nonfinite.patience")
+        self.dirpath, self.patience = Path(dirpath), patience
+        self.count = self.in_a_row = 0
+        self._parts: list[dict[str, Any]] = []  # micro-batches of the step under way
+        self._has_stepped = False
+        self._norms: dict[str, float] | None = None
+
+    def columns(self, pl_module: Any) -> dict[str, float]:
+        """For the row of `TrainingLog`."""
+        return {"nonfinite_steps": self.count}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note where the micro-batch stands in the data."""
+        if self._has_stepped:
+            self._parts, self._has_stepped = [], False
+        progress = pl_module.progress
+        self._parts.append({"position": progress.images_seen + progress.pending})
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Look at the gradient, count, and take it away where it is not finite."""
+        self._has_stepped = True
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # Of the largest entries, as the scaler looks: squares of finite float32 numbers may overflow.
+        largest = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], torch.inf)
+        is_finite = bool(torch.stack(largest).isfinite().all())  # the one place where a step waits for the device
+        if not trainer.strategy.reduce_boolean_decision(not is_finite, all=False):  # all ranks take the same branch
+            self.in_a_row = 0
+            return
+        self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
+        if self.count & (self.count - 1) == 0 and trainer.is_global_zero:  # 1, 2, 4, 8, ...
+            what = "the gradient of step %d is not finite, the step was not applied (%d so far, %d in a row)"
+            log.warning(what, pl_module.progress.step + 1, self.count, self.in_a_row)
+        if self.in_a_row >= self.patience:
+            self._norms = {
+                name: parameter.grad.norm().item()
+                for name, parameter in pl_module.named_parameters()
+                if parameter.grad is not None
+            }
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            for parameter in parameters:
+                parameter.grad = None  # what has no gradient is left alone by every optimizer, its moments too
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop where it has lasted too long."""
+        self._parts[-1] |= {"sigma": outputs["sigma"], "per_sample": outputs["per_sample"]}
+        if self._norms is not None:
+            file = self._write_repro(trainer, pl_module, self._norms)
+            raise FloatingPointError(
+                f"the gradient was not finite in {self.in_a_row} steps in a row, training stopped at step "
+                f"{pl_module.progress.step}; {file} says what to repeat, lower optimizer.lr or use precision=fp32"
+            )
+
+    def _write_repro(self, trainer: L.Trainer, pl_module: Any, norms: dict[str, float]) -> Path:
+        """One JSON file a rank; numbers that are not finite are strings in it."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        worst_first = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
+        repro = {
+            "step": pl_module.progress.step,
+            "images_seen": pl_module.progress.images_seen,
+            "seed": getattr(data, "seed", None),
+            "rank": trainer.global_rank,
+            "world_size": trainer.world_size,
+            "precision": str(trainer.precision),
+            "micro_batches": [self._describe(part, data, trainer) for part in self._parts],
+            "gradient_norms": {name: norms[name] for name in worst_first[:MOST_NORMS]},
+        }
+        file = self.dirpath / f"nonfinite_rank{trainer.global_rank}.json"
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(_plain(repro), indent=1) + "\n")
+        os.replace(partial, file)
+        return file
+
+    @staticmethod
+    def _describe(part: dict[str, Any], data: Any, trainer: L.Trainer) -> dict[str, Any]:
+        levels, losses = part["sigma"].tolist(), part["per_sample"].tolist()
+        described = {"position": part["position"], "sigma": levels, "loss": losses}
+        if data is not None:
+            batches = ShuffledBatches(
+                len(data.dataset),
+                len(levels),
+                seed=data.seed,
+                start=lambda: part["position"],
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+            described["indices"] = next(iter(batches))
+        return described
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts."""
+        return {"count": self.count, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore them."""
+        self.count, self.in_a_row = state_dict["count"], state_dict["in_a_row"]
+
+
+def _plain(tree: Any) -> Any:
+    """JSON knows neither nan nor inf: "nan", "inf"."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
+    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+class Collapse(Callback):
+    """Warn when the model gives (almost) one image for all noise: the variance of f(x, sigma_max) falls away.
+
+    Measured over a fixed batch of noise under one label, in each row of `TrainingLog`, column `output_variance`: the
+    variance over the batch, mean over pixels. A run begins with an output near zero, so that a small value says
+    nothing; a fall below 1 % of the largest so far does. Not for EDM: its D(x; sigma_max) is near the data's mean.
+
+    Args:
+        num_images: Size of the batch; it costs a forward pass of so many images a row.
+    """
+
+    FALL = 0.01
+
+    def __init__(self, num_images: int = 16) -> None:
+        if num_images < 2:
+            raise ValueError(f"num_images must be at least 2, got {num_images}; change callbacks.collapse.num_images")
+        self.num_images = num_images
+        self.largest, self.falls, self.is_fallen = 0.0, 0, False
+
+    def columns(self, pl_module: Any) -> dict[str, float]:
+        """For the row of `TrainingLog`: measure, and warn once a fall."""
+        if isinstance(pl_module, EDM):
+            return {}
+        variance = self.measure(pl_module.denoiser)
+        if math.isfinite(variance):
+            self.largest = max(self.largest, variance)
+            fallen = variance < self.FALL * self.largest
+            if fallen and not self.is_fallen:
+                self.falls += 1
+                if pl_module.trainer.is_global_zero:
+                    what = "the samples have collapsed at step %d: their variance is %.3g, it was %.3g; %s"
+                    advice = "lower optimizer.lr, or start again from an earlier model (init_from)"
+                    log.warning(what, pl_module.progress.step, variance, self.largest, advice)
+            self.is_fallen = fallen
+        return {"output_variance": variance}
+
+    @torch.no_grad()
+    def measure(self, denoiser: Any) -> float:
+        """Variance over the batch, mean over pixels; draws from a generator of its own."""
+        device = next(denoiser.parameters()).device
+        noise = torch.randn(self.num_images, *denoiser.image_shape, generator=torch.Generator().manual_seed(0))
+        x = (denoiser.sigma_max * noise).to(device)
+        sigma = x.new_full((self.num_images,), denoiser.sigma_max)
+        labels = torch.zeros(self.num_images, dtype=torch.int64, device=device)
+        parts = zip(*(tensor.split(4) for tensor in (x, sigma, labels)), strict=True)  # fits where training does
+        was_training = denoiser.training
+        denoiser.eval()
+        try:
+            images = torch.cat([denoiser(*part) for part in parts])
+        finally:
+            denoiser.train(was_training)
+        return images.var(dim=0).mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The largest variance so far, and the falls."""
+        return {"largest": self.largest, "falls": self.falls, "is_fallen": self.is_fallen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.largest, self.falls, self.is_fallen = (state_dict[key] for key in ("largest", "falls", "is_fallen"))

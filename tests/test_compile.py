@@ -1,0 +1,109 @@
+"""Compiled and eager runs continue each other's checkpoints; on the backends that need no compiler."""
+
+import copy
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch._dynamo.utils import counters
+
+from consistency import config
+from consistency.callbacks.ending import EndOfRun
+from consistency.checkpoints.io import load_model
+from consistency.methods.compilation import compile_networks
+from consistency.models.averages import frozen_copy
+from consistency.ops import same_randomness
+from consistency.runs.start import start
+from consistency.runs.train import train
+
+config.register()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def run(folder, name, *overrides):
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        settings = ["experiment=smoke_ct", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "logger=none"]
+        settings += ["network.channel_mult=[1]", "network.num_blocks=1", "callbacks.sample_grid=null"]
+        settings += [f"run_name={name}", f"paths.output_dir={folder / name}", *overrides]
+        cfg = compose("train", overrides=settings)
+    config.validate(cfg)
+    start(cfg, lambda: train(cfg))
+    return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def crash(folder, name, *overrides):
+    """Train until a checkpoint is written, and a little further."""
+
+    def fail(callback, trainer, pl_module, *_):
+        if pl_module.progress.step == 4:
+            raise RuntimeError("crash")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EndOfRun, "on_train_batch_end", fail)
+        with pytest.raises(RuntimeError, match="crash"):
+            run(folder, name, *overrides)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("straight"), "straight")
+
+
+@pytest.mark.parametrize(("first", "then"), [("aot_eager", "false"), ("false", "eager")])
+def test_runs_continue_each_other(straight, tmp_path, first, then):
+    crash(tmp_path, "run", f"compile={first}")
+    end = run(tmp_path, "run", f"compile={then}")
+    assert counters["stats"]["unique_graphs"] > 0
+    assert end["state_dict"].keys() == straight["state_dict"].keys()
+    assert any(key.startswith("target.") for key in end["state_dict"])
+    assert end["state_dict"]["progress._extra_state"] == straight["state_dict"]["progress._extra_state"]
+    averages = (x["callbacks"]["WeightEMA"]["averages"]["ema0.999"] for x in (end, straight))
+    for one, other in ((end["state_dict"], straight["state_dict"]), tuple(averages)):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-5)
+    exported, _ = load_model(tmp_path / "run")
+    assert exported.network._compiled_call_impl is None
+
+
+def test_both_passes_share_one_dropout_mask(make_denoiser):
+    online = make_denoiser(dropout=0.5).train()
+    method = torch.nn.Module()
+    method.denoiser, method.target = online, frozen_copy(online)
+    compile_networks(method, "aot_eager")
+    assert online.network._compiled_call_impl is not None
+    x, sigma = torch.randn(8, 1, 4, 4), torch.full((8,), 3.0)
+    with same_randomness(x.device) as rewind:
+        prediction = online(x, sigma)
+        rewind()
+        with torch.no_grad():
+            reference = method.target(x, sigma)
+    torch.testing.assert_close(prediction, reference)
+    assert not torch.allclose(prediction, online(x, sigma), atol=1e-2)  # another mask
+
+
+def test_in_place_and_copies_are_eager(make_denoiser):
+    method = torch.nn.Module()
+    method.denoiser = make_denoiser()
+    before = list(method.state_dict())
+    compile_networks(method, False)
+    assert method.denoiser.network._compiled_call_impl is None
+    compile_networks(method, "eager")
+    assert list(method.state_dict()) == before
+    for copied in (copy.deepcopy(method.denoiser), frozen_copy(method.denoiser)):
+        assert copied.network._compiled_call_impl is None
+
+
+def test_refuses_an_unknown_backend(make_denoiser):
+    method = torch.nn.Module()
+    method.denoiser = make_denoiser()
+    with pytest.raises(ValueError, match=r"compile is fast; allowed: true, false, .*inductor"):
+        compile_networks(method, "fast")
