@@ -3,9 +3,9 @@
     make test-faults                     50 kills of the recipe; about half an hour on 2 cores
     python tests/faults.py --kills 6 --recipe smoke_ict ...   the short form, which is in the suite
 
-Half of the kills are SIGKILL, the others SIGTERM and Ctrl-C, at moments drawn by seed: while the command starts, trains, or writes
-a checkpoint. After each the same command is typed again. The weights, target, averages, optimizer and logged rows at
-the end must be those of the straight run, bit for bit.
+Half of the kills are SIGKILL, the others SIGTERM and Ctrl-C, at moments drawn by seed: in the start, in training, in
+saving. After each the same command is typed again. The weights, target, averages, optimizer and logged
+rows at the end must be those of the straight run, bit for bit.
 """
 
 from __future__ import annotations

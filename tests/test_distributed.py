@@ -171,9 +171,10 @@ def test_from_one_process_to_two_and_back(folder):
     """Curriculum, target and averages go on; the end is that of the straight run of one process."""
     stop = ("+callbacks.stop._target_=spy.Stop", "allow_changes=[callbacks.stop]")
     ended = 128 + signal.SIGTERM
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch:
         stopped(patch, step=19)
-        run(folder, "moved", *PER_IMAGE)
+        with pytest.raises(SystemExit):
+            run(folder, "moved", *PER_IMAGE)
     # The second process is told; both stop after the same step.
     wait(begin(folder, *command("moved", *PER_IMAGE, *TWO, *stop, "+callbacks.stop.step=34")), code=ended)
     half = read_checkpoint(folder / "outputs/moved/checkpoints/last.ckpt")
