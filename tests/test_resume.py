@@ -300,3 +300,21 @@ def test_slurm_job_that_is_warned_is_queued_again(tmp_path, monkeypatch):
     assert exit.value.code == 128 + signal.SIGUSR1
     assert (tmp_path / "told").read_text() == "requeue 7_3\n"
     assert last(tmp_path, "run")["state_dict"]["progress._extra_state"]["step"] == 2
+
+
+def test_another_batch_keeps_the_learning_rate_where_it_is_in_images(tmp_path, monkeypatch):
+    """The warm-up of 640 images: a fifth of it after 4 steps of 32, three tenths after one step of 64 more."""
+    warm_up = (
+        "+method.lr_schedule={_target_: consistency.methods.progress.linear_warmup, _partial_: true, images: 640, "
+    )
+    common = ["experiment=smoke_edm", *COMMON, warm_up + "batch_size: '${data.batch_size}'}"]
+    with monkeypatch.context() as patch:
+        stopped(patch, step=3)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "run", *common)
+    run(
+        tmp_path, "run", *common, "data.batch_size=64", "trainer.max_steps=4", "allow_changes=[data.batch_size,trainer]"
+    )
+    with (tmp_path / "outputs/run/metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4])

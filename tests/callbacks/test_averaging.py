@@ -225,3 +225,14 @@ def test_refuses_half_lives(half_lives):
 def test_refuses_nothing_at_all():
     with pytest.raises(ValueError, match="no average was asked for"):
         WeightEMA([])
+
+
+def test_after_a_change_of_batch_rates_are_those_of_the_first(make_method, train):
+    """Twice the batch: an average per step goes as far with each image as it did."""
+    method, average = make_method(), WeightEMA([0.9], warmup=False)
+    method.progress.batch_size = 8
+    method.progress.set_extra_state({"step": 0, "images_seen": 0, "batch_size": 4, "first_batch_size": 4})
+    start = [parameter.detach().clone() for parameter in method.denoiser.parameters()]
+    train(method, steps=1, batch_size=8, callbacks=[average])
+    for old, new, mean in zip(start, method.denoiser.parameters(), average.averages["ema0.9"].values(), strict=True):
+        torch.testing.assert_close(mean, 0.81 * old + 0.19 * new.detach(), rtol=1e-5, atol=1e-7)

@@ -141,16 +141,16 @@ class RunCheckpoint(Checkpoint):
         trainer.strategy.barrier()
 
     def _check_written(self) -> None:
-        damage = damage_of(self._partial)
-        if damage is None:
-            try:
+        try:
+            damage = damage_of(self._partial)
+            if damage is None:
                 written = torch.load(self._partial, map_location="cpu", weights_only=True, mmap=True)
                 check_parts(written, self._partial, {})
-            except Exception as error:
-                damage = str(error).splitlines()[0]
+        except Exception as error:
+            damage = str(error).splitlines()[0]
         if damage is not None:
             raise OSError(
-                f"{self._partial} does not read back ({damage}): the disk or the memory of this machine is not sound; "
+                f"{self._partial} does not read back ({damage}): the folder is gone, or the disk or memory not sound; "
                 f"{self.path} is as it was"
             )
 
