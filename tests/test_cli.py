@@ -90,7 +90,6 @@ def assert_same(a, b):
         (["metric=nope"], ["nope", "pseudo_huber"]),
         (["trainer.max_step=3"], ["max_step"]),
         (["logger=null"], ["logger is null", "csv", "~logger"]),
-        (["callbacks.weight_ema.decays=0.99"], ["callbacks.weight_ema.decays is 0.99"]),
     ],
 )
 def test_configuration_errors_are_short(tmp_path, overrides, words):

@@ -11,10 +11,10 @@ def test_killed_at_random_moments(tmp_path):
     command = [
         sys.executable,
         script,
-        "--kills=3",
+        "--kills=2",
         "--recipe=smoke_ct",
         f"--folder={tmp_path}",
-        "trainer.max_steps=300",
+        "trainer.max_steps=200",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

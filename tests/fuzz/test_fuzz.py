@@ -53,7 +53,7 @@ def test_damaged_files_end_in_one_line(name, others, tmp_path, monkeypatch, reco
     count = {"": 0, " read": 0}
 
     @settings(
-        max_examples=INPUTS or 25, derandomize=not INPUTS, database=None, deadline=None,
+        max_examples=INPUTS or 15, derandomize=not INPUTS, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(inputs)
