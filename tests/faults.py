@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run it; 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--at-least", type=int, help="kills that must have come before the run's end; default: all")
     parser.add_argument("--recipe", default="digits_ict")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("outputs/faults"))
@@ -122,14 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
     while len(kills) < options.kills:
         number = moment.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         child = train(folder, "killed", overrides)
-        where = kill_at(child, run, number, moment, kind=len(kills) % 5)
+        where = kill_at(child, run, number, moment, kind=(len(kills) + 1) % 5)
         if where is None:
             break
         kills.append((signal.Signals(number).name, where, step_of(run), child.returncode))
         print(f"{len(kills):3d}  {kills[-1][0]:8s} {where:10s} checkpoint of step {kills[-1][2]:5d}", flush=True)
     code = train(folder, "killed", overrides).wait()
     print("kills: " + ", ".join(f"{n} {what} ({where})" for (what, where), n in Counter(k[:2] for k in kills).items()))
-    if code != 0 or len(kills) < options.kills:
+    enough = options.kills if options.at_least is None else options.at_least
+    if code != 0 or len(kills) < enough:
         print(f"FAILED: exit code {code} after {len(kills)} kills; see {folder / 'killed.log'}")
         return 1
     a, b = (torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (straight, run))

@@ -12,9 +12,10 @@ def test_killed_at_random_moments(tmp_path):
         sys.executable,
         script,
         "--kills=2",
+        "--at-least=1",
         "--recipe=smoke_ct",
         f"--folder={tmp_path}",
-        "trainer.max_steps=200",
+        "trainer.max_steps=150",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
