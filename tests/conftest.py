@@ -1,12 +1,10 @@
 """What several test files share: seeds, tiny models, a trainer that writes nothing, recorders, golden numbers."""
 
 import json
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +12,7 @@ from torch import nn
 
 from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
+from snapshots import weights_of_rule
 
 DATA = Path(__file__).parent / "data"
 
@@ -149,15 +148,7 @@ def published(golden):
 
     def rebuild(name):
         tensors, how = golden(name)
-        state = {}
-        for key, shape in how["parameters"].items():
-            values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
-            values = values.standard_normal(shape, dtype=np.float32)
-            if len(shape) == 1:
-                values = values * np.float32(0.1) + key.endswith("weight")
-            else:
-                values = values / np.sqrt(np.prod(shape[1:]))
-            state[key] = torch.from_numpy(values.astype(np.float32))
+        state = {key: torch.from_numpy(weights_of_rule(key, shape)) for key, shape in how["parameters"].items()}
         if "fourier_freqs" in tensors:
             state["model.map_noise.freqs"] = tensors["fourier_freqs"]
         return state, tensors, how

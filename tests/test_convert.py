@@ -15,6 +15,7 @@ from consistency.ops import append_dims
 from consistency.runs.convert import convert, export
 from consistency.runs.sample import sample
 from consistency.runs.train import train
+from snapshots import snapshot
 
 DATA = Path(__file__).parent / "data"
 config.register()
@@ -63,7 +64,7 @@ def test_openai(openai_file, tmp_path, network, options, kind, key):
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ncsnpp", "edm_adm_class_cond"])
 def test_snapshots_of_nvlabs(golden, tmp_path, name):
-    folder = run("convert", format="edm", source=DATA / f"{name}.pkl", out=tmp_path / "out")
+    folder = run("convert", format="edm", source=snapshot(name, tmp_path), out=tmp_path / "out")
     assert error(folder, golden(name)[0], "denoised_edm") < 5e-5
 
 

@@ -1,11 +1,10 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from consistency.checkpoints.edm import read_edm
 from consistency.models.denoiser import Denoiser
 from consistency.ops import append_dims
+from snapshots import snapshot
 
 PICKLED = ["edm_ddpmpp", "edm_ncsnpp", "edm_adm_class_cond"]
 
@@ -31,10 +30,9 @@ def error(network, tensors, noise_scale=0.25):
 
 
 @pytest.mark.parametrize("name", PICKLED)
-def test_snapshot_gives_the_output_of_the_original_code(golden, name):
+def test_snapshot_gives_the_output_of_the_original_code(golden, tmp_path, name):
     # The source that these files embed raises when it is run.
-    folder = Path(__file__).parents[1] / "data"
-    network, said = read_edm(folder / f"{name}.pkl")
+    network, said = read_edm(snapshot(name, tmp_path))
     assert error(network.eval(), golden(name)[0]) < 2e-5
     assert said == {"class_name": "EDMPrecond", "sigma_data": 0.5}
     assert network.config["dropout"] == pytest.approx(0.1)
@@ -94,11 +92,11 @@ def test_state_dict_in_the_old_format_of_torch(published, tmp_path):
     assert error(read_edm(tmp_path / "file.pt")[0].eval(), tensors) < 2e-5
 
 
-def test_heads_that_contradict_the_file_are_refused():
+def test_heads_that_contradict_the_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"head_channels is 32; .* says 64; leave head_channels=null"):
-        read_edm(Path(__file__).parents[1] / "data/edm_adm_class_cond.pkl", head_channels=32)
+        read_edm(snapshot("edm_adm_class_cond", tmp_path), head_channels=32)
     with pytest.raises(ValueError, match="head_channels is 32"):
-        read_edm(Path(__file__).parents[1] / "data/edm_ddpmpp.pkl", head_channels=32)
+        read_edm(snapshot("edm_ddpmpp", tmp_path), head_channels=32)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from consistency.checkpoints.pickles import Record, read_pickle
+from snapshots import snapshot, snapshot_bytes
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -35,9 +36,9 @@ def storage_stream(inner):
     return stream + inner
 
 
-def test_embedded_source_is_carried_but_not_run():
-    contents = read_pickle(DATA / "edm_ncsnpp.pkl")
-    raw = (DATA / "edm_ncsnpp.pkl").read_bytes()
+def test_embedded_source_is_carried_but_not_run(tmp_path):
+    contents = read_pickle(snapshot("edm_ncsnpp", tmp_path))
+    raw = snapshot_bytes("edm_ncsnpp")
     assert any(isinstance(arg, str) and arg.startswith("raise RuntimeError") for _, arg, _ in pickletools.genops(raw))
     model = contents["ema"]
     assert type(model) is Record
@@ -88,7 +89,7 @@ def test_functions_of_the_reader_cannot_be_changed(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_damaged_file_is_one_line(tmp_path, share):
-    whole = (DATA / "edm_ddpmpp.pkl").read_bytes()
+    whole = snapshot_bytes("edm_ddpmpp")
     with pytest.raises(ValueError, match=r"file\.pkl is not a readable pickle") as caught:
         read_pickle(written(tmp_path, whole[: int(len(whole) * share)]))
     assert "\n" not in str(caught.value)

@@ -30,6 +30,7 @@ from consistency.reports.study import read_study
 from consistency.runs.evaluate import _own_parts
 from consistency.runs.folder import status_of
 from consistency.sweeps.study import note_runs
+from snapshots import snapshot
 
 DATA = Path(__file__).parents[1] / "data"
 MARKER = "executed"  # made in the current directory by every payload
@@ -99,8 +100,7 @@ def _openai(new_format):
 
 
 def _edm(folder):
-    (folder / "file.pkl").write_bytes((DATA / "edm_ncsnpp.pkl").read_bytes())
-    return folder / "file.pkl"
+    return snapshot("edm_ncsnpp", folder).rename(folder / "file.pkl")
 
 
 def _diffusers(name):
