@@ -15,6 +15,7 @@ from consistency.models.averages import frozen_copy
 from consistency.ops import same_randomness
 from consistency.runs.start import start
 from consistency.runs.train import train
+from consistency.validation import training
 
 config.register()
 
@@ -33,7 +34,7 @@ def run(folder, name, *overrides):
         settings += ["network.channel_mult=[1]", "network.num_blocks=1", "callbacks.sample_grid=null"]
         settings += [f"run_name={name}", f"paths.output_dir={folder / name}", *overrides]
         cfg = compose("train", overrides=settings)
-    config.validate(cfg)
+    training.validate(cfg)
     start(cfg, lambda: train(cfg))
     return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from consistency import config, save_denoiser
 from consistency.models.unet import UNet
+from consistency.validation import commands, training
 
 config.register()
 
@@ -59,7 +60,7 @@ def test_recipe_builds(recipe, tmp_path, teacher_folder):
     for option in ("teacher", "init_from"):
         if cfg.get(option):
             cfg[option] = str(teacher_folder)
-    config.validate(cfg)
+    training.validate(cfg)
     OmegaConf.to_container(cfg, resolve=True)
     method = instantiate(cfg.method, _convert_="object")
     assert isinstance(method.denoiser.network, UNet)
@@ -94,7 +95,7 @@ def test_published_recipe_builds_on_the_meta_device(recipe, monkeypatch):
     for option in ("teacher", "init_from"):
         if cfg[option] is not None:
             cfg[option] = str(config.CONF_DIR)  # one that exists
-    config.validate(cfg)
+    training.validate(cfg)
     parameters = list(method.denoiser.parameters())
     assert all(parameter.is_meta for parameter in parameters)
     assert 50e6 < sum(parameter.numel() for parameter in parameters) < 600e6
@@ -197,7 +198,7 @@ def test_option_instantiates(group, option):
 @pytest.mark.parametrize("curriculum", [name for name in GROUPS["curriculum"] if name != "ect"])
 def test_every_curriculum_goes_with_the_main_recipe(curriculum):
     cfg = composed("experiment=digits_ict", f"curriculum={curriculum}")
-    config.validate(cfg)
+    training.validate(cfg)
     draw = instantiate(cfg.draw, _convert_="object")
     assert draw.num_levels(cfg.trainer.max_steps) == (18 if curriculum == "fixed" else 161)
 
@@ -205,7 +206,7 @@ def test_every_curriculum_goes_with_the_main_recipe(curriculum):
 @pytest.mark.parametrize("method", ["edm", "ct", "ict", "ect"])
 def test_method_alone_builds(method):
     cfg = composed(f"method={method}")
-    config.validate(cfg)
+    training.validate(cfg)
     instantiate(cfg.method, _convert_="object")
 
 
@@ -262,21 +263,21 @@ def test_sampler_instantiates(sampler):
 )
 def test_impossible_configuration_is_one_clear_line(overrides, words):
     with pytest.raises(ValueError) as caught:
-        config.validate(composed(*overrides))
+        training.validate(composed(*overrides))
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
 
 
 def test_attention_at_a_size_that_is_not_there_is_said(caplog):
-    config.validate(composed())
+    training.validate(composed())
     assert caplog.text == ""
-    config.validate(composed("data.image_size=16"))  # the own data of docs/data.md
+    training.validate(composed("data.image_size=16"))  # the own data of docs/data.md
     assert "lists [4], but the network has feature maps of [16, 8] pixels" in caplog.text
 
 
 def test_network_beside_a_teacher_is_not_checked():
-    config.validate(composed("method=cd", f"teacher={config.CONF_DIR}", "data.image_size=7"))
+    training.validate(composed("method=cd", f"teacher={config.CONF_DIR}", "data.image_size=7"))
 
 
 @pytest.mark.parametrize(
@@ -296,9 +297,9 @@ def test_network_beside_a_teacher_is_not_checked():
     ],
 )
 def test_impossible_options_of_consistency_data(overrides, words):
-    config.validate_prepare(composed("data=folder", name="prepare"))
+    commands.validate_prepare(composed("data=folder", name="prepare"))
     with pytest.raises(ValueError) as caught:
-        config.validate_prepare(composed("data=folder", *overrides, name="prepare"))
+        commands.validate_prepare(composed("data=folder", *overrides, name="prepare"))
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
 
@@ -355,8 +356,8 @@ class TestRunName:
 def test_an_ablation_never_trains_one_ordinary_run(cfg, variants, words):
     hydra = {"sweeper": {"variants": variants}, "runtime": {"choices": {"ablation": "mine", "sweep": None}}}
     with pytest.raises(ValueError, match=re.escape(words)):
-        config.validate_variants(OmegaConf.create(cfg), OmegaConf.create(hydra))
-    config.validate_variants(
+        training.validate_variants(OmegaConf.create(cfg), OmegaConf.create(hydra))
+    training.validate_variants(
         OmegaConf.create({"variant": "a"}), OmegaConf.create({**hydra, "sweeper": {"variants": {"a": []}}})
     )
 

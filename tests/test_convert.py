@@ -15,6 +15,7 @@ from consistency.ops import append_dims
 from consistency.runs.convert import convert, export
 from consistency.runs.sample import sample
 from consistency.runs.train import train
+from consistency.validation import commands, training
 from snapshots import snapshot
 
 DATA = Path(__file__).parent / "data"
@@ -25,7 +26,7 @@ def run(command, **options):
     overrides = [f"{key}={value}" for key, value in options.items()]
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose(command, overrides=overrides)
-    {"convert": config.validate_convert, "export": config.validate_export}[command](cfg)
+    {"convert": commands.validate_convert, "export": commands.validate_export}[command](cfg)
     return {"convert": convert, "export": export}[command](cfg)
 
 
@@ -182,7 +183,7 @@ class TestUse:
         ]
         with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
             cfg = compose("train", overrides=[*data, *overrides])
-        config.validate(cfg)
+        training.validate(cfg)
         train(cfg)
         return user / name
 

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from consistency import config
 from consistency.files import locked
 from consistency.runs.estimate import estimate
+from consistency.validation import training
 
 config.register()
 COMMAND = Path(sys.executable).parent / "consistency-train"
@@ -19,7 +20,7 @@ COMMAND = Path(sys.executable).parent / "consistency-train"
 def composed(*overrides):
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("train", overrides=["experiment=smoke_ct", "estimate=true", *overrides])
-    config.validate(cfg)
+    training.validate(cfg)
     return cfg
 
 

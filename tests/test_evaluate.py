@@ -12,14 +12,15 @@ from consistency.runs.evaluate import _own_parts, curve, evaluate
 from consistency.runs.sample import sample
 from consistency.runs.search import search
 from consistency.runs.train import train
+from consistency.validation import commands, training
 
 config.register()
 JOBS = {
-    "evaluate": (config.validate_evaluate, evaluate),
-    "curve": (config.validate_curve, curve),
-    "search": (config.validate_search, search),
-    "train": (config.validate, train),
-    "sample": (config.validate_sample, sample),
+    "evaluate": (commands.validate_evaluate, evaluate),
+    "curve": (commands.validate_curve, curve),
+    "search": (commands.validate_search, search),
+    "train": (training.validate, train),
+    "sample": (commands.validate_sample, sample),
 }
 
 

@@ -20,6 +20,7 @@ from consistency.data.datasets import digits
 from consistency.data.module import ImageDataModule
 from consistency.runs.prepare import prepare
 from consistency.runs.train import train
+from consistency.validation import training
 
 config.register()
 
@@ -199,7 +200,7 @@ def test_own_grey_folder_trains(folder, tmp_path):
             f"paths.data_dir={tmp_path}",
             name="train",
         )
-        config.validate(cfg)
+        training.validate(cfg)
         train(cfg)
         states.append(torch.load(tmp_path / way / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     assert states[0]["denoiser.network.stem.weight"].shape[1] == 1

@@ -18,6 +18,7 @@ from consistency.models.denoiser import Denoiser
 from consistency.runs.sample import sample
 from consistency.runs.start import start
 from consistency.runs.train import train
+from consistency.validation import commands, training
 
 config.register()
 
@@ -30,14 +31,14 @@ def composed(name, *overrides):
 def run(folder, name, *overrides):
     """Train under outputs/NAME, as the command would."""
     cfg = composed("train", f"run_name={name}", f"paths.output_dir={folder / 'outputs' / name}", *overrides)
-    config.validate(cfg)
+    training.validate(cfg)
     return start(cfg, lambda: train(cfg))
 
 
 def draw(folder, ckpt, *overrides, out="images.png"):
     """Sample into the folder, as the command would."""
     cfg = composed("sample", f"ckpt={folder / 'outputs' / ckpt}", f"out={folder / out}", *overrides)
-    config.validate_sample(cfg)
+    commands.validate_sample(cfg)
     return sample(cfg)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from consistency.validation import check_ranges
+from consistency.validation.ranges import check_ranges
 
 
 @pytest.mark.parametrize(

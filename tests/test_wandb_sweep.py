@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from consistency import config
+from consistency.validation import training
 
 config.register()
 SWEEP = yaml.safe_load((config.EXPERIMENTS_DIR / "wandb_sweep.yaml").read_text())
@@ -45,7 +46,7 @@ def test_every_value_makes_a_command_that_composes(drawn, monkeypatch):
     assert (env, program) == ("/usr/bin/env", "consistency-train")
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("train", overrides=[*overrides, "paths.output_dir=unused"])
-    config.validate(cfg)
+    training.validate(cfg)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert (settings["run_name"], settings["logger"]["wandb"]["group"]) == ("trial-abc123", "sweep-xyz789")
     assert settings["trainer"]["max_steps"] * settings["data"]["batch_size"] >= 25600

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from consistency import config
 from consistency.runs.folder import RefusedError
 from consistency.runs.start import REFUSED, start
+from consistency.validation import commands, training
 
 config.register()
 _MAIN = {"config_path": str(config.CONF_DIR), "version_base": "1.3"}
@@ -60,8 +61,8 @@ def train(cfg: DictConfig) -> float | None:
     """consistency-train: train a model, or continue its training."""
 
     def job() -> float | None:
-        config.validate_variants(cfg, HydraConfig.get())
-        config.validate(cfg)
+        training.validate_variants(cfg, HydraConfig.get())
+        training.validate(cfg)
         from consistency.runs.train import train
 
         return train(cfg)
@@ -72,8 +73,8 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _estimate(cfg: DictConfig) -> None:
-    config.validate_variants(cfg, HydraConfig.get())
-    config.validate(cfg)
+    training.validate_variants(cfg, HydraConfig.get())
+    training.validate(cfg)
     from consistency.runs.estimate import estimate
 
     estimate(cfg)
@@ -85,7 +86,7 @@ def sample(cfg: DictConfig) -> None:
     """consistency-sample: images from a trained model."""
 
     def job() -> None:
-        config.validate_sample(cfg)
+        commands.validate_sample(cfg)
         from consistency.runs.sample import sample
 
         sample(cfg)
@@ -99,7 +100,7 @@ def data(cfg: DictConfig) -> None:
     """consistency-data: make a data set ready, and look at it."""
 
     def job() -> None:
-        config.validate_prepare(cfg)
+        commands.validate_prepare(cfg)
         from consistency.runs.prepare import prepare
 
         prepare(cfg)
@@ -113,7 +114,7 @@ def convert(cfg: DictConfig) -> None:
     """consistency-convert: weights of other projects in."""
 
     def job() -> None:
-        config.validate_convert(cfg)
+        commands.validate_convert(cfg)
         from consistency.runs.convert import convert
 
         convert(cfg)
@@ -127,7 +128,7 @@ def export(cfg: DictConfig) -> None:
     """consistency-export: a trained model out."""
 
     def job() -> None:
-        config.validate_export(cfg)
+        commands.validate_export(cfg)
         from consistency.runs.convert import export
 
         export(cfg)
@@ -141,7 +142,7 @@ def evaluate(cfg: DictConfig) -> None:
     """consistency-evaluate: scores of a model or of images."""
 
     def job() -> None:
-        config.validate_evaluate(cfg)
+        commands.validate_evaluate(cfg)
         from consistency.runs.evaluate import evaluate
 
         evaluate(cfg)
@@ -155,7 +156,7 @@ def search(cfg: DictConfig) -> None:
     """consistency-search: levels for sampling in a few steps."""
 
     def job() -> None:
-        config.validate_search(cfg)
+        commands.validate_search(cfg)
         from consistency.runs.search import search
 
         search(cfg)
@@ -169,7 +170,7 @@ def curve(cfg: DictConfig) -> None:
     """consistency-curve: scores against network evaluations."""
 
     def job() -> None:
-        config.validate_curve(cfg)
+        commands.validate_curve(cfg)
         from consistency.runs.evaluate import curve
 
         curve(cfg)

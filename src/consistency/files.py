@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -58,3 +59,8 @@ def _taken(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_name(name: object) -> bool:
+    """Whether this can be the name of a folder of runs."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.,=+-]*\w[\w.,=+-]*", name) is not None

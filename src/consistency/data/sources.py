@@ -31,7 +31,7 @@ MAX_BYTES, MAX_PIXELS = 1 << 28, 1 << 27  # of one image, encoded and decoded: b
 MAX_CLASSES = 1_000_000  # a label above it is a mistake, and a list of all classes would not fit into memory
 
 
-# Of damaged zips; RuntimeError: encrypted, or a decompressor that is not there (NotImplementedError).
+# Of damaged zips; RuntimeError: encrypted, or a decompressor that is not there.
 _ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError, struct.error)
 
 

@@ -18,7 +18,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from consistency.config import validate
 from consistency.files import locked
 from consistency.reading import read_yaml
 from consistency.runs.folder import (
@@ -30,6 +29,7 @@ from consistency.runs.folder import (
     status_of,
     write_status,
 )
+from consistency.validation.training import validate
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from consistency.config import is_name
-from consistency.files import locked
+from consistency.files import is_name, locked
 from consistency.reading import read_json
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,124 @@
+"""The options of the commands beside consistency-train."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from consistency.validation.require import is_number, require, require_integer
+from consistency.validation.training import validate_data
+
+
+def validate_sample(cfg: DictConfig) -> None:
+    """Check the options of consistency-sample that need no model.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    require_integer(cfg, "num_samples", 1)
+    require_integer(cfg, "batch_size", 1)
+    require_integer(cfg, "seed", 0, 2**63 - 1)
+    for option in ("ckpt", "out", "device"):
+        require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+
+
+def validate_prepare(cfg: DictConfig) -> None:
+    """Check the options of consistency-data.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    require_integer(cfg, "seed", 0, 2**32 - 1)
+    is_png = isinstance(cfg.out, str) and Path(cfg.out).suffix.lower() == ".png"
+    require(cfg.out is None or is_png, "out", cfg.out, "a name that ends in .png, or null for no grid")
+    validate_data(cfg)
+
+
+def validate_evaluate(cfg: DictConfig) -> None:
+    """Check the options of consistency-evaluate.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    subjects = [option for option in ("ckpt", "samples") if cfg[option] is not None]
+    given = " and ".join(subjects) or "neither"
+    require(len(subjects) == 1, "ckpt or samples", given, "one of them: ckpt=RUN_OR_MODEL or samples=FOLDER_OR_NPZ")
+    for option in (*subjects, *(["reference"] if cfg.reference is not None else [])):
+        require(Path(str(cfg[option])).exists(), option, cfg[option], "a file or folder that exists")
+    seeds = cfg.seeds
+    is_list = isinstance(seeds, ListConfig) and len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds)
+    require(is_list and len(set(seeds)) == len(seeds), "seeds", seeds, "a list of different integers, e.g. [0,1,2]")
+    require(
+        cfg.ckpt is not None or list(seeds) == [0], "seeds", seeds, "left out with samples=, which are drawn already"
+    )
+
+
+def validate_search(cfg: DictConfig) -> None:
+    """Check the options of consistency-search.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    validate_evaluate(cfg)
+    require(cfg.ckpt is not None, "ckpt", None, "a run or model")
+    require_integer(cfg, "num_levels", 3)
+    require_integer(cfg, "parts", 1)
+    require_integer(cfg, "steps", 2, 1 + (cfg.num_levels - 2))
+    require_integer(cfg, "seed", 0)
+    require(isinstance(cfg.scan, bool), "scan", cfg.scan, "true or false")
+    require(not cfg.scan or cfg.steps == 2, "steps", cfg.steps, "2 with scan=true")
+
+
+def validate_curve(cfg: DictConfig) -> None:
+    """Check the options of consistency-curve.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    validate_evaluate(cfg)
+    require(cfg.ckpt is not None, "ckpt", None, "a run or model")
+    for option in ("steps", "heun_steps"):
+        value = cfg[option]
+        is_list = isinstance(value, ListConfig) and len(value) > 0 and all(isinstance(n, int) and n > 0 for n in value)
+        require(is_list, option, value, "a list of positive integers")
+    require(str(cfg.out).endswith(".png"), "out", cfg.out, "a name that ends in .png")
+
+
+def validate_convert(cfg: DictConfig) -> None:
+    """Check the options of consistency-convert.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    require(cfg.format in ("openai", "edm", "diffusers"), "format", cfg.format, "openai, edm or diffusers")
+    for option in ("source", "out"):
+        require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    wanted, exists = ("a folder", Path.is_dir) if cfg.format == "diffusers" else ("a file", Path.is_file)
+    require(exists(Path(cfg.source)), "source", cfg.source, f"{wanted} that exists")
+    kinds = {"openai": ("consistency", "edm"), "edm": ("edm",), "diffusers": ("consistency",)}[cfg.format]
+    require(cfg.kind in (None, *kinds), "kind", cfg.kind, f"{' or '.join(kinds)} with format={cfg.format}")
+    used = {"openai": ("image_size", "head_channels", "num_heads"), "edm": ("head_channels",), "diffusers": ()}
+    for option in ("image_size", "head_channels", "num_heads"):
+        if cfg[option] is not None:
+            require(option in used[cfg.format], option, cfg[option], f"null with format={cfg.format}, the file says it")
+            require_integer(cfg, option, 1)
+    both = cfg.head_channels is not None and cfg.num_heads is not None
+    require(not both, "num_heads", cfg.num_heads, "null where head_channels is given")
+    for option in ("noise_scale", "sigma_data", "sigma_min", "sigma_max"):
+        value = cfg[option]
+        is_positive = is_number(value) and 0 < value < math.inf
+        require(value is None or is_positive, option, value, "a positive number, or null")
+
+
+def validate_export(cfg: DictConfig) -> None:
+    """Check the options of consistency-export.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    require(cfg.format in ("safetensors", "diffusers"), "format", cfg.format, "safetensors or diffusers")
+    for option in ("ckpt", "out"):
+        require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    require_integer(cfg, "num_levels", 2)
