@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
-from consistency import config
-from consistency.runs.evaluate import _own_parts, curve, evaluate
+from consistency import config, save_denoiser
+from consistency.data.files import save_pngs
+from consistency.runs.evaluate import curve, evaluate
+from consistency.runs.rundata import _own_parts, data_of
 from consistency.runs.sample import sample
 from consistency.runs.search import search
 from consistency.runs.train import train
@@ -68,6 +72,18 @@ def test_run_logs_its_quality(user):
     rows = [json.loads(line) for line in (user / "smoke_ict/quality.jsonl").read_text().splitlines()]
     assert [row["nfe"] for row in rows] == [1, 2]
     assert "fd_classifier_onestep" in (user / "smoke_ict/metrics.csv").read_text()
+
+
+def test_guidance_costs_a_second_evaluation_and_is_said(user, measured, make_denoiser, tmp_path):
+    with pytest.raises(ValueError, match="guidance is 2"):
+        run("evaluate", *measured, "guidance=2")
+    model = make_denoiser(image_size=8, num_classes=10, label_dropout=0.1)
+    save_denoiser(model, tmp_path / "free", {"method": "ConsistencyTraining"})
+    options = ["data=digits", *measured[1:], f"ckpt={tmp_path / 'free'}"]
+    (plain,), (guided,) = (run("evaluate", *options, f"guidance={w}")["rows"] for w in (1, 2))
+    assert (plain["nfe"], guided["nfe"]) == (1, 2)
+    assert ("guidance" in plain, guided["guidance"]) == (False, 2.0)
+    assert plain["fd_classifier"] != guided["fd_classifier"]
 
 
 def test_several_seeds(measured, tmp_path):
@@ -174,6 +190,26 @@ def test_model_folder_does_not_say_its_data(user, measured):
 def test_the_settings_of_a_run_that_came_from_elsewhere_make_nothing_else_than_data(tmp_path, node):
     with pytest.raises(ValueError, match=r"asks for .* may run anything; name the data with data="):
         _own_parts(node, tmp_path / "config.yaml")
+
+
+def test_caches_go_where_this_user_keeps_them(tmp_path):
+    # Not where the configuration of somebody else's run says.
+    dataset = {
+        "_target_": "consistency.data.datasets.image_folder",
+        "_partial_": True,
+        "path": str(tmp_path / "images"),
+    }
+    dataset |= {"image_size": 4, "channels": 1, "cache_dir": str(tmp_path / "theirs")}
+    node = {"_target_": "consistency.data.module.ImageDataModule", "dataset": dataset, "batch_size": 2, "image_size": 4}
+    node |= {"channels": 1, "num_classes": 0, "seed": 0}
+    save_pngs(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), tmp_path / "images")
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(OmegaConf.create({"data": node}), tmp_path / "run" / "config.yaml")
+    paths = {"cache_dir": str(tmp_path / "mine"), "data_dir": str(tmp_path / "data")}
+    data = data_of(OmegaConf.create({"ckpt": str(tmp_path / "run"), "paths": paths}))
+    assert len(data.dataset) == 3
+    assert (tmp_path / "mine").exists()
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_the_data_of_our_own_runs_are_made():

@@ -23,9 +23,11 @@ LAYERS = {
     "checkpoints": 5,
     "config": 6,
     "validation": 6,
+    "api": 6,
     "runs": 7,
     "reports": 8,
     "sweeps": 8,
+    "app": 8,
     "cli": 9,
 }
 # Library -> layers that may import it at all.
@@ -42,6 +44,7 @@ LAZY_ONLY = {
     "torchvision",
     "safetensors",
     "rich",
+    "gradio",
 }
 FILES = sorted(path for path in SRC.rglob("*.py") if path != SRC / "__init__.py")
 

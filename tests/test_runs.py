@@ -209,7 +209,7 @@ def test_target_without_its_callback_is_refused(folder):
 def test_labels_of_samples(folder):
     stored = np.load(draw(folder, "smoke_ict", "num_samples=12", "labels=[3,7]", out="labels.npz"))
     assert stored["arr_1"].tolist() == [3, 7] * 6
-    random = np.load(draw(folder, "smoke_ict", "num_samples=200", out="labels.npz"))["arr_1"]
+    random = np.load(draw(folder, "smoke_ict", "num_samples=200", out="random_labels.npz"))["arr_1"]
     assert set(random.tolist()) == set(range(10))
     with pytest.raises(ValueError, match=r"\[0, 9\], got 10"):
         draw(folder, "smoke_ict", "labels=10")
@@ -252,7 +252,7 @@ def test_samples_do_not_depend_on_the_batch_size(folder):
 def test_sample_from_a_checkpoint_into_single_pngs(folder):
     sampler = ("sampler=heun", "sampler.num_steps=3")
     out = draw(folder, "smoke_edm/checkpoints/last.ckpt", "weights=raw", "num_samples=2", *sampler, out="pngs")
-    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png", "sampling.json"]
     assert Image.open(out / "00000.png").size == (8, 8)
 
 

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Model": "consistency.api",
+    "load": "consistency.api",
     "Denoiser": "consistency.models.denoiser",
     "UNet": "consistency.models.unet",
+    "save_grid": "consistency.data.files",
     "load_denoiser": "consistency.checkpoints.io",
     "save_denoiser": "consistency.checkpoints.io",
     "EDM": "consistency.methods.edm",
@@ -33,19 +36,24 @@ __all__ = [
     "ConsistencySampler",
     "ConsistencyTraining",
     "Denoiser",
+    "Model",
     "OdeSampler",
     "UNet",
     "__version__",
     "consistency_loss",
     "denoising_loss",
     "karras_grid",
+    "load",
     "load_denoiser",
     "save_denoiser",
+    "save_grid",
     "to_uint8",
 ]
 
 if TYPE_CHECKING:
+    from consistency.api import Model, load
     from consistency.checkpoints.io import load_denoiser, save_denoiser
+    from consistency.data.files import save_grid
     from consistency.losses.consistency import consistency_loss
     from consistency.losses.denoising import denoising_loss
     from consistency.methods.distillation import ConsistencyDistillation

@@ -95,6 +95,20 @@ def sample(cfg: DictConfig) -> None:
 
 
 @_exit_codes
+@hydra.main(**_MAIN, config_name="edit")
+def edit(cfg: DictConfig) -> None:
+    """consistency-edit: zero-shot editing with a trained model."""
+
+    def job() -> None:
+        commands.validate_edit(cfg)
+        from consistency.runs.edit import edit
+
+        edit(cfg)
+
+    _one_line_errors(job)
+
+
+@_exit_codes
 @hydra.main(**_MAIN, config_name="prepare")
 def data(cfg: DictConfig) -> None:
     """consistency-data: make a data set ready, and look at it."""
@@ -146,6 +160,20 @@ def evaluate(cfg: DictConfig) -> None:
         from consistency.runs.evaluate import evaluate
 
         evaluate(cfg)
+
+    _one_line_errors(job)
+
+
+@_exit_codes
+@hydra.main(**_MAIN, config_name="app")
+def app(cfg: DictConfig) -> None:
+    """consistency-app: a page to play on."""
+
+    def job() -> None:
+        commands.validate_app(cfg)
+        from consistency.app.serve import app
+
+        app(cfg)
 
     _one_line_errors(job)
 

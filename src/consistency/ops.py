@@ -91,3 +91,19 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1]: x / 127.5 - 1."""
     return images.float() / 127.5 - 1
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: if it cannot be used here.
+    """
+    if name != "auto":
+        try:
+            return torch.zeros(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

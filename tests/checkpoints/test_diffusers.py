@@ -30,12 +30,12 @@ ADM = {
 def make():
     """A consistency model with random weights everywhere (a fresh ADM is exactly zero)."""
 
-    def build(noise_scale=250.0, boundary=0.002, **options):
+    def build(noise_scale=250.0, boundary=0.002, scalings="edm", **options):
         network = UNet(**{**ADM, **options})
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.normal_(std=0.1)
-        return Denoiser(network, boundary=boundary, noise_scale=noise_scale).eval()
+        return Denoiser(network, boundary=boundary, noise_scale=noise_scale, scalings=scalings).eval()
 
     return build
 
@@ -91,6 +91,7 @@ def test_comes_back_as_it_went(make, tmp_path, options):
     [
         ({"adm": False}, r"DDPM\+\+ or NCSN\+\+"),
         ({"noise_scale": 0.25}, r"250 ln\(sigma\), this model has noise_scale 0.25"),
+        ({"scalings": "flow"}, "scalings"),
         ({"boundary": 0.0}, "a diffusion model, or ECT"),
         ({"norm_groups": None}, r"one number of groups, these have \[8, 16, 24, 32\] .*network\.norm_groups=32"),
         (

@@ -3,7 +3,17 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency.data.files import image_grid, is_grid, save_grid, save_npz, save_pngs
+from consistency.data.files import (
+    image_grid,
+    is_grid,
+    npz_note,
+    read_images,
+    save_gif,
+    save_grid,
+    save_npz,
+    save_pngs,
+    to_nhwc,
+)
 
 
 @pytest.fixture
@@ -77,20 +87,45 @@ def test_single_pngs(images, tmp_path, channels, mode):
         assert torch.equal(pixels, image)
 
 
+def test_gif(images, tmp_path):
+    frames = [images(4, 3) for _ in range(3)]
+    save_gif(frames, tmp_path / "new" / "frames.gif")
+    assert is_grid(tmp_path / "new" / "frames.gif")
+    picture = Image.open(tmp_path / "new" / "frames.gif")
+    assert (picture.n_frames, picture.size) == (3, (70, 70))
+    for number, (frame, duration) in enumerate(zip(frames, (300, 300, 2000), strict=True)):
+        picture.seek(number)
+        assert picture.info["duration"] == duration
+        shown = np.asarray(picture.convert("RGB")).astype(int)
+        assert abs(shown - image_grid(frame).permute(1, 2, 0).numpy()).mean() < 8  # 256 colours
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["frames.gif"]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_npz(images, tmp_path, channels):
     some, path = images(5, channels), tmp_path / "new" / "samples.npz"
-    save_npz(some, torch.arange(5), path)
+    parts = [to_nhwc(part).tobytes() for part in some.split(2)]
+    save_npz(parts, (5, 8, 8, channels), torch.arange(5), path, note='{"seed": 3}')
     with np.load(path) as stored:
         assert stored.files == ["arr_0", "arr_1"]
         assert stored["arr_0"].dtype == np.uint8
         assert stored["arr_0"].shape == (5, 8, 8, channels)
         assert np.array_equal(stored["arr_0"].transpose(0, 3, 1, 2), some.numpy())
         assert stored["arr_1"].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(read_images(path), some)
+    assert npz_note(path) == {"seed": 3}
     assert [file.name for file in path.parent.iterdir()] == ["samples.npz"]
 
 
-def test_npz_without_labels(images, tmp_path):
-    save_npz(images(2), None, tmp_path / "samples.npz")
-    with np.load(tmp_path / "samples.npz") as stored:
+def test_npz_without_labels_or_note(images, tmp_path):
+    path = tmp_path / "samples.npz"
+    save_npz([to_nhwc(images(2)).tobytes()], (2, 8, 8, 1), None, path)
+    with np.load(path) as stored:
         assert stored.files == ["arr_0"]
+    assert npz_note(path) is None
+
+
+def test_npz_of_too_few_bytes_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="lack 64 bytes"):
+        save_npz([bytes(64)], (2, 8, 8, 1), None, tmp_path / "samples.npz")
+    assert not (tmp_path / "samples.npz").exists()

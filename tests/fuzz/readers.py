@@ -27,8 +27,8 @@ from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
 from consistency.reading import read_npz, read_yaml
 from consistency.reports.study import read_study
-from consistency.runs.evaluate import _own_parts
 from consistency.runs.folder import status_of
+from consistency.runs.rundata import _own_parts
 from consistency.sweeps.study import note_runs
 from snapshots import snapshot
 

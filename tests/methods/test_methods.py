@@ -15,6 +15,7 @@ from consistency.noise import weightings
 from consistency.noise.curricula import DoublingLevels, FixedDecay, FixedLevels
 from consistency.noise.draws import GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
 from consistency.noise.grids import karras_grid
+from consistency.sampling import views
 from consistency.sampling.steps import euler_step, heun_step
 
 sgd = partial(torch.optim.SGD, lr=0.1)
@@ -294,3 +295,49 @@ def test_training_reduces_the_loss(make_denoiser, fit):
     fit(method, steps=60, batch_size=32, images=torch.full((60 * 32, 1, 4, 4), 0.7))
     losses = [float(result["loss"].detach()) for result in losses]
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd", "edm"])
+def test_hidden_labels_are_hidden_from_all_networks(make_denoiser, fit, record, kind):
+    model = make_denoiser(boundary=0.002 if kind == "ct" else 0.0, num_classes=3, label_dropout=0.3)
+    if kind == "edm":
+        method = EDM(model, draw=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+    else:
+        method = distillation(model) if kind == "cd" else training(model, target_decay=FixedDecay(0.5))
+    others = {"ct": "target", "cd": "teacher", "edm": "denoiser"}
+    watched = [method.denoiser, getattr(method, others[kind])]
+    calls = [record(network) for network in watched]
+    labels = torch.arange(1000) % 3
+    fit(method, batch_size=1000, labels=labels, callbacks=[TargetEMA()] if kind == "ct" else [])
+    seen = calls[0][0].labels
+    assert float((seen == -1).float().mean()) == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(seen[seen >= 0], labels[seen >= 0])
+    assert all(torch.equal(call.labels, seen) for network in calls for call in network)
+
+
+def test_guided_teacher_leads_the_target_input(make_denoiser, fit, record):
+    teacher = make_denoiser(boundary=0.0, num_classes=3, label_dropout=0.0)
+    with pytest.raises(ValueError, match="guidance"):
+        distillation(teacher, guidance=2.0)
+    method = distillation(make_denoiser(boundary=0.0, num_classes=3, label_dropout=0.5), guidance=2.0)
+    calls = record(method.denoiser)
+    labels = torch.tensor([0, 1, 2, 1])
+    fit(method, labels=labels)
+    hi, lo = calls  # mu = 0: the target is the online network
+    guided = views.guided(method.teacher, 2.0)
+    assert_close(lo.x, heun_step(guided, hi.x, hi.sigma, lo.sigma, hi.labels))
+    assert (lo.x - heun_step(method.teacher, hi.x, hi.sigma, lo.sigma, hi.labels)).abs().max() > 1e-4
+    assert "guided" not in " ".join(method.state_dict())
+
+
+def test_hidden_labels_belong_to_images_with_per_image_randomness(make_denoiser, fit, record):
+    seen = []
+    for accumulate in (1, 4):
+        method = training(make_denoiser(num_classes=3, label_dropout=0.5))
+        method.progress.image_seed = 5
+        calls = record(method.denoiser)
+        images, labels = torch.zeros(16, 1, 4, 4), torch.arange(16) % 3
+        fit(method, batch_size=16 // accumulate, accumulate=accumulate, images=images, labels=labels)
+        seen.append(torch.cat([call.labels for call in calls[::2]]))
+    assert torch.equal(*seen)
+    assert (seen[0] == -1).any()

@@ -156,6 +156,7 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
         ),
         f"its scheduler makes the model the identity at sigma_min={denoiser.sigma_min:g}, this one is it at "
         f"{denoiser.boundary:g} (a diffusion model, or ECT)": denoiser.boundary != denoiser.sigma_min,
+        f"its scheduler has EDM's scalings, this model has those of {denoiser.scalings}": denoiser.scalings != "edm",
         f"it has no skip_scale, this network has {own['skip_scale']:g}": own["skip_scale"] != 1,
         "it has no Fourier embedding of a chosen scale": own["fourier_scale"] is not None,
         "it has no input pyramid": own["input_pyramid"],

@@ -20,6 +20,7 @@ from consistency.data.cache import cached
 from consistency.data.cropping import Crop, adm, exact
 from consistency.data.downloads import Cifar10, Flowers102, HuggingFace
 from consistency.data.sources import Files, Lmdb, Source, Zip
+from consistency.ops import derive_seed
 
 Images = ImageArray | DecodedImages
 
@@ -37,6 +38,20 @@ def digits(limit: int | None = None) -> ImageArray:
     images = np.rint(bunch.images[:, None] * (255 / 16)).astype(np.uint8)
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     return ImageArray(torch.from_numpy(images)[:limit], labels[:limit], tuple("0123456789"))
+
+
+def tinted_digits(limit: int | None = None) -> ImageArray:
+    """The digits of `digits`, each in one bright hue: a small colour set for trying out colorization.
+
+    The hue is a function of the image's index. Black stays black; white becomes the hue.
+    """
+    from colorsys import hsv_to_rgb
+
+    grey = digits(limit)
+    hues = [derive_seed("hue", index) / 2**63 for index in range(len(grey.images))]
+    colours = torch.tensor([hsv_to_rgb(hue, 1.0, 1.0) for hue in hues])
+    images = (grey.images * colours[:, :, None, None]).round().to(torch.uint8)
+    return ImageArray(images, grey.labels, grey.classes)
 
 
 def cifar10(

@@ -107,6 +107,48 @@ class Files:
         return _hash((name, label, stat.st_size, stat.st_mtime_ns) for name, label, stat in stats)
 
 
+class OneFile:
+    """A single image file."""
+
+    classes: Sequence[str] = ()
+    labels: Sequence[int] = (0,)
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.stem
+
+    def __len__(self) -> int:
+        return 1
+
+    def open(self, index: int) -> Image.Image:
+        """The image."""
+        return _decoded(_read_bounded(self.path))
+
+    def describe(self, index: int) -> str:
+        """Its path."""
+        return str(self.path)
+
+    def fingerprint(self) -> str:
+        """Of its name, size and time of change."""
+        stat = self.path.stat()
+        return _hash([(self.name, stat.st_size, stat.st_mtime_ns)])
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image of a file of any of the known kinds, bounded.
+
+    Raises:
+        ValueError: in one line, if there is none, or it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, or is no file")
+    try:
+        image = _decoded(_read_bounded(path))
+        image.load()
+    except Exception as error:  # Pillow's decoders raise a dozen kinds of errors on damaged files
+        raise ValueError(f"{path} cannot be read as an image") from error
+    return image
+
+
 class Zip:
     """Images in a zip, in any sub-folders, and optionally a `dataset.json` with `{"labels": [[name, label], ...]}`.
 

@@ -16,6 +16,7 @@ from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
 from consistency.noise.draws import PairDraw
+from consistency.sampling.views import guided
 
 
 class ConsistencyDistillation(L.LightningModule):
@@ -34,6 +35,7 @@ class ConsistencyDistillation(L.LightningModule):
         optimizer: Parameters -> optimizer.
         target_decay: mu(k); None means mu = 0: the target is the online network (CM's CIFAR-10 runs).
         dropout: Of the online and target network; the papers' 0.
+        guidance: Weight of classifier-free guidance of the teacher, which must have hidden labels in training; 1: none.
         lr_schedule: Optimizer -> schedule, stepped once per optimizer step; None for a constant rate.
 
     Raises:
@@ -51,6 +53,7 @@ class ConsistencyDistillation(L.LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer],
         target_decay: Callable[[int], float] | None = None,
         dropout: float = 0.0,
+        guidance: float = 1.0,
         lr_schedule: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
@@ -64,6 +67,8 @@ class ConsistencyDistillation(L.LightningModule):
                 f"the teacher's noise range is {(teacher.sigma_min, teacher.sigma_max)}, the draw's is {drawn}; "
                 "change noise.sigma_min and noise.sigma_max to the teacher's"
             )
+        guided(teacher, guidance)  # refuses a teacher that cannot be
+        self.guidance = guidance
         self.teacher = frozen_copy(teacher).eval()
         network = UNet(**{**teacher.network.config, "dropout": dropout})
         network.load_state_dict(teacher.network.state_dict())
@@ -86,11 +91,11 @@ class ConsistencyDistillation(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
         """One micro-batch; x_lo is the teacher's ODE step from x_hi."""
-        _, labels = batch
+        teacher = guided(self.teacher, self.guidance)
         return consistency_step(
             self,
             batch,
-            lambda x_hi, noise, sigma_hi, sigma_lo: self.solver(self.teacher, x_hi, sigma_hi, sigma_lo, labels),
+            lambda x_hi, noise, sigma_hi, sigma_lo, labels: self.solver(teacher, x_hi, sigma_hi, sigma_lo, labels),
         )
 
     def configure_optimizers(self) -> Any:

@@ -1,4 +1,7 @@
-"""EDM: denoising score matching (Karras et al. 2022). Its models are samplers' denoisers and CD's teachers."""
+"""EDM: denoising score matching (Karras et al. 2022). Its models are samplers' denoisers and CD's teachers.
+
+Flow matching (method=flow) is this class with other parts: t uniform, the scalings and the weighting of the velocity.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ class EDM(L.LightningModule):
         `batch` is images and labels, and augmentation labels where the data are augmented.
         """
         images, labels, *augment = batch
-        sigma, noise = draw_batch(self, images)
+        sigma, noise, labels = draw_batch(self, images, labels)
         loss = denoising_loss(
             self.denoiser,
             images,

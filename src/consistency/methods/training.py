@@ -66,7 +66,7 @@ class ConsistencyTraining(L.LightningModule):
         """One micro-batch; x_lo is the same image under the same noise at sigma_lo."""
         images, _ = batch
         return consistency_step(
-            self, batch, lambda x_hi, noise, sigma_hi, sigma_lo: images + append_dims(sigma_lo, images.ndim) * noise
+            self, batch, lambda x_hi, noise, sigma_hi, sigma_lo, _: images + append_dims(sigma_lo, images.ndim) * noise
         )
 
     def configure_optimizers(self) -> Any:

@@ -33,6 +33,16 @@ def consistency_scalings(sigma: Tensor, *, sigma_data: float = 0.5, boundary: fl
     return Scalings(1 / ((shifted / sigma_data) ** 2 + 1), shifted * sigma_data / total, 1 / total)
 
 
+def flow_scalings(sigma: Tensor, *, boundary: float = 0.0) -> Scalings:
+    """Scalings with which F is the velocity of flow matching, a straight path from noise to data (Lipman et al. 2023).
+
+    x_t = (1 - t) z + t x is (x + sigma z) / (1 + sigma) with sigma = (1 - t) / t: the network sees x_t, and
+    D = x_t + (1 - t) F. A boundary above 0 shifts c_skip and c_out as in `consistency_scalings`.
+    """
+    shifted = sigma - boundary
+    return Scalings(1 / (1 + shifted), shifted / (1 + sigma), 1 / (1 + sigma))
+
+
 def edm_scalings(sigma: Tensor, *, sigma_data: float = 0.5) -> Scalings:
     """Scalings of EDM (Table 1): the same formula with its boundary at sigma = 0."""
     return consistency_scalings(sigma, sigma_data=sigma_data, boundary=0.0)
@@ -51,6 +61,7 @@ class Denoiser(nn.Module):
         sigma_max: Largest noise level, where sampling starts.
         noise_scale: 0.25 (EDM, iCT) or 250 (OpenAI's published weights). 250 makes the embedding a thousand times as
             sensitive, which continuous or fine grids do not bear.
+        scalings: `edm`, or `flow`, where the network predicts the velocity of a straight path (`flow_scalings`).
     """
 
     def __init__(
@@ -62,12 +73,16 @@ class Denoiser(nn.Module):
         sigma_min: float = SIGMA_MIN,
         sigma_max: float = SIGMA_MAX,
         noise_scale: float = 0.25,
+        scalings: str = "edm",
     ) -> None:
         super().__init__()
         check_range(sigma_min, sigma_max)
         if sigma_data <= 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}; change noise.sigma_data")
+        if scalings not in ("edm", "flow"):
+            raise ValueError(f"scalings must be edm or flow, got {scalings}; change denoiser.scalings")
         self.network = network
+        self.scalings = scalings
         self.boundary = boundary
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
@@ -77,7 +92,7 @@ class Denoiser(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """Everything needed to build this denoiser again, as plain values."""
-        own = ("boundary", "sigma_data", "sigma_min", "sigma_max", "noise_scale")
+        own = ("boundary", "sigma_data", "sigma_min", "sigma_max", "noise_scale", "scalings")
         return {"network": self.network.config, **{name: getattr(self, name) for name in own}}
 
     @classmethod
@@ -121,13 +136,16 @@ class Denoiser(nn.Module):
         Args:
             x: [B, C, H, W], image plus noise of standard deviation sigma.
             sigma: [B], positive.
-            labels: [B] int64; an unconditional model ignores them.
+            labels: [B] int64, -1 for no label; an unconditional model ignores them.
             augment_labels: [B, augment_channels], what was done to the image; None in sampling.
         """
         if sigma.shape != x.shape[:1]:
             raise ValueError(f"sigma must have shape [{len(x)}] (one level an image), got {list(sigma.shape)}")
         x, sigma = x.float(), sigma.float()
-        c = consistency_scalings(sigma, sigma_data=self.sigma_data, boundary=self.boundary)
+        if self.scalings == "flow":
+            c = flow_scalings(sigma, boundary=self.boundary)
+        else:
+            c = consistency_scalings(sigma, sigma_data=self.sigma_data, boundary=self.boundary)
         c_noise = self.noise_scale * sigma.log()
         inputs = (append_dims(c.input, x.ndim) * x, c_noise, labels if self.num_classes else None)
         raw = self.network(*inputs) if augment_labels is None else self.network(*inputs, augment_labels)
@@ -135,10 +153,14 @@ class Denoiser(nn.Module):
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """One level; arguments of the network that an older version did not write have their defaults."""
-    defaults = {
+    """One level; arguments that an older version did not write have their defaults."""
+    own = {key: value for key, value in config.items() if key != "network"}
+    return {**_defaults(Denoiser), **own, **_defaults(UNet), **config["network"]}
+
+
+def _defaults(made: type) -> dict[str, Any]:
+    return {
         name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-        for name, parameter in inspect.signature(UNet).parameters.items()
+        for name, parameter in inspect.signature(made).parameters.items()
         if parameter.default is not parameter.empty
     }
-    return {**{key: value for key, value in config.items() if key != "network"}, **defaults, **config["network"]}

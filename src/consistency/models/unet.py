@@ -33,6 +33,8 @@ class UNet(nn.Module):
         image_size: Height and width of the images.
         in_channels: Image channels, in and out.
         num_classes: Number of labels; 0 for an unconditional network.
+        label_dropout: Probability with which training hides an image's label (-1), so that the network learns to do
+            without and can be guided (Ho & Salimans 2022). The methods hide them: all networks of a step see the same.
         channels: Width at full size.
         channel_mult: Width factor at each size, from full size down; its length is the number of sizes. In ADM the
             first is also that of the stem.
@@ -69,6 +71,7 @@ class UNet(nn.Module):
         image_size: int,
         in_channels: int,
         num_classes: int = 0,
+        label_dropout: float = 0.0,
         channels: int = 128,
         channel_mult: Sequence[float] = (2, 2, 2),
         num_blocks: int = 4,
@@ -104,7 +107,7 @@ class UNet(nn.Module):
                 "change data.image_size or network.channel_mult"
             )
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
-        self.augment_channels, self.adm = augment_channels, adm
+        self.augment_channels, self.adm, self.label_dropout = augment_channels, adm, label_dropout
         emb_channels, noise_channels = round(emb_channel_mult * channels), round(noise_channel_mult * channels)
         blocks = _Blocks(
             BlockStyle(
@@ -199,7 +202,7 @@ class UNet(nn.Module):
         Args:
             x: [B, C, H, W], scaled to unit variance by the caller.
             c_noise: [B], the noise level as the network sees it.
-            labels: [B] int64; None for unconditional networks.
+            labels: [B] int64, -1 for no label; None for unconditional networks.
             augment_labels: [B, augment_channels]; None means no augmentation, as in sampling.
         """
         emb = self._embed(c_noise, labels, augment_labels)
@@ -231,7 +234,7 @@ class UNet(nn.Module):
         if self.embed_label is not None:
             if labels is None:
                 raise ValueError(f"this network is conditional on {self.num_classes} classes, but labels is None")
-            one_hot = F.one_hot(labels, self.num_classes).to(emb.dtype)
+            one_hot = F.one_hot(labels.clamp(min=0), self.num_classes).to(emb.dtype) * (labels >= 0)[:, None]
             # EDM scales the one-hot vector to unit variance for DDPM++ and NCSN++.
             label_emb = self.embed_label(one_hot if self.adm else one_hot * self.num_classes**0.5)
         if self.adm:
@@ -242,7 +245,8 @@ class UNet(nn.Module):
 def _check_range(config: dict[str, Any]) -> None:
     """Refuse arguments that would fail deep inside, or make a network that is none."""
     sizes, taps = config["attention_resolutions"], config["resample_filter"]
-    scale, dropout = config["fourier_scale"], config["dropout"]
+    scale, dropout, hidden = config["fourier_scale"], config["dropout"], config["label_dropout"]
+    without = "and 0 without labels (network.num_classes=0)"
     checks = {
         "image_size": (config["image_size"] >= 1, "at least 1"),
         "channel_mult": (len(config["channel_mult"]) > 0, "a list of at least one factor"),
@@ -253,6 +257,7 @@ def _check_range(config: dict[str, Any]) -> None:
         "fourier_scale": (scale is None or scale > 0, "positive, or None"),
         "resample_filter": (len(taps) % 2 == 0 and sum(taps) > 0, "an even number of taps, as [1, 3, 3, 1]"),
         "dropout": (0 <= dropout < 1, "in [0, 1)"),
+        "label_dropout": (0 <= hidden < 1 and (hidden == 0 or config["num_classes"] > 0), f"in [0, 1), {without}"),
     }
     for name, (holds, allowed) in checks.items():
         if not holds:

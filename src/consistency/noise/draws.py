@@ -39,6 +39,34 @@ class LogNormal:
         return torch.exp(self.mean + self.std * torch.randn(batch_size)).to(device)
 
 
+@dataclass(frozen=True)
+class UniformTime:
+    """t ~ U(0, 1) on the straight path of flow matching, where sigma = (1 - t) / t (Lipman et al. 2023).
+
+    The ends are those of the model's range, t = 1 / (1 + sigma): t = 0 would be sigma = infinity.
+    """
+
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+
+    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+        """sigma [B]."""
+        first, last = 1 / (1 + self.sigma_max), 1 / (1 + self.sigma_min)
+        time = first + (last - first) * torch.rand(batch_size, dtype=torch.float64)
+        return ((1 - time) / time).float().to(device)
+
+
+@dataclass(frozen=True)
+class FixedLevel:
+    """One noise level for all images: a plain denoiser, which cannot generate."""
+
+    sigma: float = 0.5
+
+    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+        """sigma [B]."""
+        return torch.full((batch_size,), float(self.sigma), device=device)
+
+
 def uniform_index(sigmas: Tensor) -> Tensor:
     """p(n) = 1 / (N - 1) for each gap of the increasing grid; float64 [N - 1] (CM, Eq. 7 and Alg. 2, 3)."""
     return torch.full((len(sigmas) - 1,), 1 / (len(sigmas) - 1), dtype=torch.float64)

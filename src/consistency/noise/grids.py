@@ -42,6 +42,27 @@ def descending_with_zero(
     return torch.cat([sigmas.flip(0), sigmas.new_zeros(1)])
 
 
+def uniform_time(num_steps: int, *, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
+    """Levels of an ODE sampler in equal steps of the time of flow matching; decreasing, float64 [num_steps + 1].
+
+    t from 1 / (1 + sigma_max) to 1, sigma = (1 - t) / t. Euler's steps on these levels are those of
+    x_t' = x_t + (t' - t) v: the step is linear in x and D, so it does not depend on the scale of x.
+    """
+    check_range(sigma_min, sigma_max)
+    time = torch.linspace(1 / (1 + sigma_max), 1, num_steps + 1, dtype=torch.float64)
+    sigmas = (1 - time) / time
+    sigmas[0], sigmas[-1] = sigma_max, 0.0
+    return sigmas
+
+
+def descending(num_steps: int, *, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
+    """Levels of a consistency model: sigma_max and the next of the Karras grid; decreasing, float64 [num_steps].
+
+    sigma_min is left out: there the model is the identity, and an evaluation would be wasted.
+    """
+    return karras_grid(num_steps + 1, sigma_min=sigma_min, sigma_max=sigma_max).flip(0)[:-1]
+
+
 def check_range(sigma_min: float, sigma_max: float) -> None:
     """Raise ValueError unless 0 < sigma_min < sigma_max."""
     if not 0 < sigma_min < sigma_max:

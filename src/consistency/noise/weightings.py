@@ -35,8 +35,17 @@ def truncated_snr(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
     return torch.clamp(sigma_hi**-2, min=1)
 
 
+def velocity(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
+    """((1 + sigma) / sigma)^2: the error of D becomes that of the velocity of flow matching, whose weight is 1.
+
+    D - x = (1 - t) (v - (x - z)) with 1 - t = sigma / (1 + sigma), see `models.denoiser.flow_scalings`.
+    """
+    return ((1 + sigma_hi) / sigma_hi) ** 2
+
+
 def inverse_gap(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
-    """1 / (sigma_hi - sigma_lo) (iCT, Sec. 3.1 and Table 1; ECT uses the same on its own pairs).. It needs pairs:
-    the single level of EDM has no gap.
+    """1 / (sigma_hi - sigma_lo) (iCT, Sec. 3.1 and Table 1; ECT uses the same on its own pairs).
+
+    It needs pairs: the single level of EDM has no gap.
     """
     return 1 / (sigma_hi - sigma_lo)

@@ -138,7 +138,8 @@ def _start_from(method: Any, source: str) -> None:
     """Give the online (and target) network the weights of another model of the same architecture."""
     start = load_denoiser(source)
     # What a model means depends on settings without weights too: noise_scale, sigma_data, skip_scale, ...
-    different = method.denoiser.differences(start.config, ignore=("boundary", "dropout", "dropout_max_resolution"))
+    training_only = ("boundary", "dropout", "dropout_max_resolution", "label_dropout")
+    different = method.denoiser.differences(start.config, ignore=training_only)
     if different:
         raise ValueError(f"init_from={source} is another model ({different}); use its settings")
     method.denoiser.network.load_state_dict(start.network.state_dict())

@@ -27,7 +27,8 @@ def convert(cfg: DictConfig) -> Path:
     names = ("noise_scale", "sigma_data", "sigma_min", "sigma_max")
     stated = {name: cfg[name] if cfg[name] is not None else said.get(name) for name in names}
     try:
-        denoiser = Denoiser(network, **{name: float(value) for name, value in stated.items() if value is not None})
+        given = {name: float(value) for name, value in stated.items() if value is not None}
+        denoiser = Denoiser(network, **given)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(str(error).replace("noise.", "")) from error  # the options have no group here
     denoiser.boundary = {"consistency": denoiser.sigma_min, "edm": 0.0, "ect": said.get("boundary", 0.0)}[kind]

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from consistency.checkpoints.io import load_model
 from consistency.data.files import read_images
-from consistency.data.module import ImageDataModule
 from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.protocol import Evaluation
 from consistency.evaluation.references import Reference, read_reference, reference_of_images
 from consistency.models.denoiser import Denoiser
-from consistency.reading import read_yaml
-from consistency.runs.sample import check_sampler, find_device
+from consistency.noise.grids import descending
+from consistency.ops import find_device
+from consistency.runs.bar import counting
+from consistency.runs.rundata import data_of
+from consistency.runs.sample import check_sampler
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
+from consistency.sampling.views import guided
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 class Subject(NamedTuple):
     """A model and what it is measured with, on one device."""
 
-    denoiser: Denoiser
+    denoiser: Any  # or a guided view of it
     info: dict[str, Any]
     evaluation: Evaluation
     extractor: Extractor
@@ -87,8 +86,9 @@ def load_subject(cfg: DictConfig) -> Subject:
     """The model of `ckpt`, and the extractor and reference that measure it; all that can be missing is missed here."""
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
     device = find_device(cfg.device)
+    model = guided(denoiser.to(device), cfg.guidance)
     evaluation: Evaluation = instantiate(cfg.evaluation, _convert_="object")
-    data = _data(cfg)
+    data = data_of(cfg)
     if cfg.reference is None:
         if data is None:
             raise ValueError(f"ckpt={cfg.ckpt} does not say what it was trained on; give data=... or reference=FILE")
@@ -102,15 +102,16 @@ def load_subject(cfg: DictConfig) -> Subject:
         extractor = evaluation.make_extractor(data)
         reference = _named_reference(cfg.reference, evaluation, extractor.to(device))
         evaluation.check(extractor, reference)
-    return Subject(denoiser.to(device), info, evaluation, extractor.to(device), reference)
+    return Subject(model, info, evaluation, extractor.to(device), reference)
 
 
 def row_of(cfg: DictConfig, subject: Subject, sampler: Any, seed: int) -> dict[str, Any]:
     """One measurement, with a progress bar."""
     model, info, evaluation, extractor, reference = subject
-    with _bar(f"seed {seed}", evaluation.num_samples) as advance:
+    with counting(f"seed {seed}", evaluation.num_samples) as advance:
         row = evaluation.measure_sampler(model, sampler, extractor, reference, seed=seed, progress=advance)
     about = {"ckpt": str(cfg.ckpt), "weights": info.get("weights"), "method": info.get("method")}
+    about |= {"guidance": float(cfg.guidance)} if cfg.guidance != 1 else {}
     return {**row, **about, "images_seen": info.get("images_seen")}
 
 
@@ -156,7 +157,7 @@ def draw_plot(path: Path, x: list[float], y: list[float], *, labels: tuple[str, 
 def _images_row(cfg: DictConfig) -> dict[str, Any]:
     """Images on disk against a reference on disk, or a data set."""
     evaluation: Evaluation = instantiate(cfg.evaluation, _convert_="object")
-    device, data = find_device(cfg.device), _data(cfg)
+    device, data = find_device(cfg.device), data_of(cfg)
     images = read_images(cfg.samples)
     if cfg.reference is None and data is None:
         raise ValueError("samples=... needs something to compare with; give reference=FOLDER_OR_NPZ or data=...")
@@ -170,7 +171,7 @@ def _images_row(cfg: DictConfig) -> dict[str, Any]:
     total = len(images)
     evaluation.check(extractor, reference, total)
     indices = torch.arange(total).split(evaluation.batch_size)
-    with _bar("images", total) as advance:
+    with counting("images", total) as advance:
 
         def batches() -> Iterator[Any]:
             for part in indices:
@@ -201,53 +202,9 @@ def _named_reference(
     return read_reference(name, extractor, keep_features=keep)
 
 
-def _data(cfg: DictConfig) -> ImageDataModule | None:
-    """The data module that is named, or that of the run; None if there is neither."""
-    node = cfg.get("data")
-    if node is None and cfg.ckpt is not None and (file := Path(cfg.ckpt) / "config.yaml").exists():
-        node = OmegaConf.create(_own_parts(read_yaml(file).get("data"), file))
-    if node is None:
-        return None
-    data: ImageDataModule = instantiate(node, _convert_="object")
-    data.setup("fit")
-    return data
-
-
-def _own_parts(node: Any, file: Path) -> Any:
-    """The data of a run, which may be somebody else's: only parts of this package are made, and nothing is looked up.
-
-    Raises:
-        ValueError: if it names anything else.
-    """
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        own = key != "_target_" or (isinstance(value, str) and _is_own(value))
-        if not own or (isinstance(value, str) and "${" in value):
-            raise ValueError(f"{file} asks for {str(value)[:80]!r}, which may run anything; name the data with data=")
-        _own_parts(value, file)
-    return node
-
-
-def _is_own(target: str) -> bool:
-    """Whether a dotted name is of a public class or function of ours, not of one that such a module has imported."""
-    module, _, name = target.rpartition(".")
-    own = re.fullmatch(r"consistency\.data\.(module|datasets|cropping|augment)", module) is not None
-    return own and name[:1] != "_" and getattr(getattr(import_module(module), name, None), "__module__", "") == module
-
-
 def _even_levels(denoiser: Denoiser, steps: int) -> list[float]:
     """The levels after sigma_max of `steps` evaluations: evenly spread on the Karras grid of the model's range."""
-    return replace(OdeSampler(sample_heun), num_steps=steps + 1).levels(denoiser)[1:-2]
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.update(task, advance=count)
+    return descending(steps, sigma_min=denoiser.sigma_min, sigma_max=denoiser.sigma_max)[1:].tolist()
 
 
 def _show(rows: list[dict[str, Any]], summaries: dict[str, Any] | None = None) -> None:

@@ -3,43 +3,127 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.io import load_model
-from consistency.data.files import save_grid, save_npz, save_pngs
-from consistency.sampling.images import draw_images, given_labels, labels_of_seed
+from consistency.data.files import is_grid, save_gif, save_grid
+from consistency.evaluation.storage import digest_of
+from consistency.ops import find_device
+from consistency.runs.bar import counting
+from consistency.runs.shards import PngShards, RawShards, claimed, finish_npz, finish_pngs, is_finished_npz
+from consistency.runs.workers import Job, draw, draw_on, weights_digest
+from consistency.sampling.images import draw_images, labels_of, recorded
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler
+from consistency.sampling.views import guided
+from consistency.validation.commands import ending_of
 
 log = logging.getLogger(__name__)
 
 
 def sample(cfg: DictConfig) -> Path:
     """Draw images from a trained model; returns what was written."""
-    out, ending = Path(cfg.out), "" if cfg.out.endswith("/") else Path(cfg.out).suffix.lower()
-    if ending not in (".png", ".npz", ""):
-        raise ValueError(f"out={out} has the ending {ending}; use .png (a grid), .npz, or none (a folder of PNGs)")
+    out, device = Path(cfg.out), find_device(cfg.device)
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
     sampler = instantiate(cfg.sampler, _convert_="object")
     check_sampler(sampler, info.get("method"), cfg.ckpt)
-    device = find_device(cfg.device)
-    denoiser = denoiser.to(device)
-    images, labels = sample_images(
-        denoiser, sampler, num_samples=cfg.num_samples, seed=cfg.seed, batch_size=cfg.batch_size, labels=cfg.labels
-    )
-    if ending == ".png":
-        save_grid(images, out)
-    elif ending == ".npz":
-        save_npz(images, labels, out)
+    if ending_of(cfg.out) in (".png", ".gif"):
+        _draw_picture(cfg, out, guided(denoiser.to(device), cfg.guidance), sampler)
+        done = True
     else:
-        save_pngs(images, out)
-    log.info("%d images (%s, weights %s, seed %d) -> %s", len(images), info.get("method", "model"), info.get("weights"),
-             cfg.seed, out)  # fmt: skip
+        done = _draw_files(cfg, out, denoiser, sampler, device)
+    log.info("%s%d images (%s, weights %s, seed %d) -> %s", "" if done else "finished already: ", cfg.num_samples,
+             info.get("method", "model"), info.get("weights"), cfg.seed, out)  # fmt: skip
     return out
+
+
+def _draw_picture(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any) -> None:
+    """A grid, or with `trajectory` what the network saw in each evaluation: a strip (PNG) or an animated grid (GIF)."""
+    if out.exists() and not is_grid(out):
+        raise ValueError(f"out={out} exists, and consistency-sample did not make it; name a new file")
+    options = {"num_samples": cfg.num_samples, "seed": cfg.seed, "batch_size": cfg.batch_size}
+    with counting("sampling", cfg.num_samples) as told:
+        if not cfg.trajectory:
+            save_grid(sample_images(denoiser, sampler, **options, labels=_plain(cfg.labels), told=told)[0], out)
+            return
+        frames = trajectory(denoiser, sampler, **options, labels=_plain(cfg.labels), told=told)
+    if ending_of(cfg.out) == ".gif":
+        save_gif(list(frames), out)
+    else:
+        save_grid(frames.transpose(0, 1).flatten(0, 1), out, columns=len(frames))
+
+
+def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device: torch.device) -> bool:
+    """Single PNGs or an `.npz`, on one device or several, from where the command was stopped; False: nothing to do."""
+    guided(denoiser, cfg.guidance)  # refuses a model that cannot be guided, before anything is begun
+    devices = find_devices(cfg.devices, cfg.device, device)
+    labels = labels_of(_plain(cfg.labels), cfg.seed, cfg.num_samples, denoiser.num_classes)
+    job = Job(str(cfg.ckpt), cfg.weights, weights_digest(denoiser), cfg.guidance, sampler, cfg.seed, _plain(cfg.labels))
+    settings = _settings(cfg, job, device)
+    as_npz = ending_of(cfg.out) == ".npz"
+    if as_npz and is_finished_npz(out, settings):
+        return False
+    where = (cfg.num_samples, cfg.batch_size, denoiser.image_shape)
+    shards = RawShards(out.with_name(f"{out.name}.partial"), *where) if as_npz else PngShards(out, *where)
+    with claimed(shards, out, settings):
+        batches = shards.missing()
+        devices = devices[: max(1, len(batches))]
+        with _stoppable(shards, out), counting("sampling", cfg.num_samples, _done(shards, batches)) as told:
+            if batches and len(devices) == 1:
+                draw(guided(denoiser.to(devices[0]), cfg.guidance), job, shards, batches, told)
+            elif batches:
+                draw_on(devices, job, shards, batches, told)
+        if isinstance(shards, RawShards):
+            finish_npz(shards, out, labels, settings)
+        else:
+            finish_pngs(shards, settings)
+    return bool(batches) or as_npz
+
+
+def _settings(cfg: DictConfig, job: Job, device: torch.device) -> dict[str, Any]:
+    """All that determines the images, bit for bit, under the names of the options."""
+    given = job.labels
+    if isinstance(given, list) and len(given) > 100:
+        given = f"{len(given)} of them, sha256 {digest_of(torch.tensor(given))[:16]}"
+    sampler = OmegaConf.to_container(cfg.sampler, resolve=True)
+    own = {name: cfg[name] for name in ("seed", "num_samples", "batch_size", "guidance")}
+    return {**own, "labels": given, "sampler": sampler, "device": device.type, "weights_digest": job.digest[:32]}
+
+
+def _done(shards: PngShards | RawShards, missing: list[int]) -> int:
+    return shards.num_samples - sum(len(shards.indices(batch)) for batch in missing)
+
+
+@contextmanager
+def _stoppable(shards: PngShards | RawShards, out: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with what is done on disk, and a line about it."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        done = _done(shards, shards.missing())
+        log.info("%s: stopped at %d of %d images; the same command goes on", out, done, shards.num_samples)
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _plain(labels: Any) -> Any:
+    return OmegaConf.to_container(labels) if OmegaConf.is_config(labels) else labels
 
 
 def check_sampler(sampler: Any, method: str | None, ckpt: str) -> None:
@@ -53,7 +137,14 @@ def check_sampler(sampler: Any, method: str | None, ckpt: str) -> None:
 
 
 def sample_images(
-    denoiser: Any, sampler: Any, *, num_samples: int, seed: int, batch_size: int, labels: Any = None
+    denoiser: Any,
+    sampler: Any,
+    *,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    labels: Any = None,
+    told: Callable[[int], None] = lambda count: None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(uint8 [N, C, H, W], int64 [N] or None) on the CPU; image i is a function of (seed, i), not of the batch.
 
@@ -63,26 +154,51 @@ def sample_images(
         num_samples: N.
         seed: Of all images.
         batch_size: Images at a time.
-        labels: One label for all, a list that is repeated, or None for random labels by seed; conditional models only.
+        labels: As `labels_of` takes them.
+        told: After each batch, the number of its images.
     """
-    if labels is None:
-        all_labels = labels_of_seed(seed, range(num_samples), denoiser.num_classes)
-    else:
-        all_labels = given_labels(labels, num_samples, denoiser.num_classes)
+    all_labels = labels_of(labels, seed, num_samples, denoiser.num_classes)
     batches = []
     for indices in torch.arange(num_samples).split(batch_size):
         batch_labels = None if all_labels is None else all_labels[indices]
         batches.append(draw_images(denoiser, sampler, indices.tolist(), seed=seed, labels=batch_labels).cpu())
+        told(len(indices))
     return torch.cat(batches), all_labels
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA, else MPS, else the CPU."""
-    if name != "auto":
-        try:
-            return torch.zeros(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def trajectory(denoiser: Any, sampler: Any, *, batch_size: int, **options: Any) -> torch.Tensor:
+    """The estimate of each image in every network evaluation, the sample last; uint8 [T, N, C, H, W] on the CPU.
+
+    Args:
+        denoiser: A model, on its device.
+        sampler: A `ConsistencySampler` or `OdeSampler`.
+        batch_size: Images at a time.
+        options: As of `sample_images`.
+    """
+    view, estimates = recorded(denoiser)
+    images, _ = sample_images(view, sampler, batch_size=batch_size, **options)
+    evaluations = len(estimates) // -(-len(images) // batch_size)  # of a batch
+    frames = torch.stack([torch.cat(estimates[step::evaluations]) for step in range(evaluations)])
+    if (frames[-1].int() - images.int()).abs().max() <= 1:  # most samplers end in their last estimate
+        frames = frames[:-1]
+    return torch.cat([frames, images[None]])
+
+
+def find_devices(devices: int | str, name: str, first: torch.device) -> list[torch.device]:
+    """One device a process.
+
+    Args:
+        devices: How many; `auto` for all GPUs, and for one process where there are none.
+        name: The device as the user named it.
+        first: What `find_device` made of it.
+
+    Raises:
+        ValueError: if there are not so many.
+    """
+    if first.type == "cpu":
+        return [first] * (1 if devices == "auto" else int(devices))
+    there = torch.cuda.device_count() if first.type == "cuda" and ":" not in name else 1
+    count = there if devices == "auto" else int(devices)
+    if count > there:
+        raise ValueError(f"devices is {count}, but device={name} has {there} here; take fewer, or auto")
+    return [first] if count == 1 else [torch.device(first.type, index) for index in range(count)]

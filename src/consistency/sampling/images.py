@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
 from consistency.ops import derive_seed, image_seeds, randn_of_seeds, to_uint8
+from consistency.sampling.views import View
 
 
 @contextmanager
@@ -27,6 +28,18 @@ def counted(denoiser: Denoiser) -> Iterator[Callable[[], int]]:
         yield lambda: calls
     finally:
         handle.remove()
+
+
+def recorded(denoiser: Any) -> tuple[View, list[Tensor]]:
+    """The denoiser, and a list to which each evaluation adds its estimate of the images; uint8 [B, C, H, W], CPU."""
+    estimates = list[Tensor]()
+
+    def answer(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        estimate: Tensor = denoiser(x, sigma, labels)
+        estimates.append(to_uint8(estimate).cpu())
+        return estimate
+
+    return View(denoiser, answer), estimates
 
 
 @torch.no_grad()
@@ -55,6 +68,13 @@ def draw_images(
     return to_uint8(sampler(denoiser, randn_like(state), labels, randn_like))
 
 
+def labels_of(labels: Any, seed: int, num_images: int, num_classes: int) -> Tensor | None:
+    """Labels as an option gives them: None for random ones by seed, else as `given_labels`; int64 [num_images]."""
+    if labels is None:
+        return labels_of_seed(seed, range(num_images), num_classes)
+    return given_labels(labels, num_images, num_classes)
+
+
 def labels_of_seed(seed: int, indices: Sequence[int], num_classes: int) -> Tensor | None:
     """Random labels, each a function of (seed, i); int64 [B], or None for an unconditional model (0 classes)."""
     if num_classes == 0:
@@ -62,15 +82,20 @@ def labels_of_seed(seed: int, indices: Sequence[int], num_classes: int) -> Tenso
     return torch.tensor([derive_seed("label", seed, int(index)) % num_classes for index in indices], dtype=torch.int64)
 
 
-def given_labels(labels: Any, num_images: int, num_classes: int) -> Tensor:
-    """One label for all images, or a list that is repeated; int64 [num_images].
+def given_labels(labels: Any, num_images: int, num_classes: int, *, none: bool = False) -> Tensor:
+    """One label for all images, a list that is repeated, or `balanced` for i % num_classes; int64 [num_images].
+
+    With `none`, -1 is allowed: no label.
 
     Raises:
         ValueError: if the model is unconditional, or a label is not one of its classes.
     """
     if num_classes == 0:
         raise ValueError(f"labels={labels} was given, but the model is unconditional; leave labels=null")
+    if labels == "balanced":
+        labels = range(num_classes)
     given = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
-    if not given or not all(type(label) is int and 0 <= label < num_classes for label in given):
-        raise ValueError(f"labels must be integers in [0, {num_classes - 1}], got {labels}")
+    if not given or not all(type(label) is int and -none <= label < num_classes for label in given):
+        allowed = f"integers in [0, {num_classes - 1}]{', or -1 for none' if none else ''}"
+        raise ValueError(f"labels must be {allowed}, got {labels}")
     return torch.tensor([given[index % len(given)] for index in range(num_images)])

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,12 +213,14 @@ class OdeSampler:
     Args:
         solver: `sample_euler`, `sample_heun`, `sample_dpm2` or `sample_ancestral`, with its options bound.
         num_steps: Levels before the final 0; EDM uses 18 on CIFAR-10, 40 on FFHQ, 256 on ImageNet-64.
-        rho: Curvature of the grid.
+        rho: Curvature of the Karras grid.
+        grid: `(num_steps, *, sigma_min, sigma_max) -> levels` in place of the Karras grid, as `uniform_time`.
     """
 
     solver: Callable[..., Tensor]
     num_steps: int = 18
     rho: float = RHO
+    grid: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -224,10 +228,15 @@ class OdeSampler:
         if not self.rho > 0:
             raise ValueError(f"rho must be positive, got {self.rho}; change sampler.rho")
 
+    def __repr__(self) -> str:
+        """The same in every process: the functions by their names and options, not their addresses."""
+        parts = [_named(self.solver), f"num_steps={self.num_steps}", f"rho={self.rho}"]
+        return f"OdeSampler({', '.join(parts + ([_named(self.grid)] if self.grid else []))})"
+
     def levels(self, denoiser: Denoiser) -> list[float]:
         """Noise levels of the grid, the final 0 included."""
-        low, high = denoiser.sigma_min, denoiser.sigma_max
-        return descending_with_zero(self.num_steps, sigma_min=low, sigma_max=high, rho=self.rho).tolist()
+        grid = self.grid or partial(descending_with_zero, rho=self.rho)
+        return grid(self.num_steps, sigma_min=denoiser.sigma_min, sigma_max=denoiser.sigma_max).tolist()
 
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, labels: Tensor | None = None, randn_like: RandnLike = torch.randn_like
@@ -235,6 +244,13 @@ class OdeSampler:
         """Unit noise [B, C, H, W] -> images."""
         sigmas = torch.tensor(self.levels(denoiser), dtype=torch.float64)
         return self.solver(denoiser, noise * denoiser.sigma_max, sigmas, labels=labels, randn_like=randn_like)
+
+
+def _named(function: Callable[..., Any]) -> str:
+    """`sample_heun(s_churn=40)` of a function or a partial of one."""
+    if not isinstance(function, partial):
+        return getattr(function, "__name__", type(function).__name__)
+    return f"{_named(function.func)}({', '.join(f'{key}={value}' for key, value in function.keywords.items())})"
 
 
 def _level(sigma: float, x: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from consistency.validation.require import is_number, require, require_integer
 from consistency.validation.training import validate_data
+
+_MAX_IN_GRID, _MAX_IN_TRAJECTORY = 4096, 64
 
 
 def validate_sample(cfg: DictConfig) -> None:
@@ -22,6 +24,33 @@ def validate_sample(cfg: DictConfig) -> None:
     require_integer(cfg, "seed", 0, 2**63 - 1)
     for option in ("ckpt", "out", "device"):
         require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    _require_guidance(cfg)
+    labels, kinds = cfg.labels, "a label, a list of labels, balanced, or null for random by seed"
+    require(not isinstance(labels, str) or labels == "balanced", "labels", labels, kinds)
+    count, is_count = cfg.devices, isinstance(cfg.devices, int) and not isinstance(cfg.devices, bool)
+    require(count == "auto" or (is_count and count >= 1), "devices", count, "auto, or an integer, at least 1")
+    require(isinstance(cfg.trajectory, bool), "trajectory", cfg.trajectory, "true or false")
+    _check_out_of_samples(cfg)
+
+
+def _check_out_of_samples(cfg: DictConfig) -> None:
+    ending = ending_of(cfg.out)
+    allowed = "an ending .png (a grid), .npz, or none (a folder of PNGs)"
+    require(ending in (".png", ".npz", ".gif", ""), "out", cfg.out, allowed)
+    if cfg.trajectory:
+        require(ending in (".png", ".gif"), "out", cfg.out, "a name that ends in .png or .gif with trajectory=true")
+        require(cfg.num_samples <= _MAX_IN_TRAJECTORY, "num_samples", cfg.num_samples,
+                f"at most {_MAX_IN_TRAJECTORY} with trajectory=true")  # fmt: skip
+    require(ending != ".gif" or cfg.trajectory, "out", cfg.out, f"{allowed}; a .gif with trajectory=true")
+    if ending in (".png", ".gif"):
+        folder = f"at most {_MAX_IN_GRID:,} in one picture; for more let out end in .npz, or name a folder"
+        require(cfg.num_samples <= _MAX_IN_GRID, "num_samples", cfg.num_samples, folder)
+        require(cfg.devices in (1, "auto"), "devices", cfg.devices, "1 or auto for one picture")
+
+
+def ending_of(out: str) -> str:
+    """Of what consistency-sample writes, in small letters; empty for a folder."""
+    return "" if out.endswith("/") else Path(out).suffix.lower()
 
 
 def validate_prepare(cfg: DictConfig) -> None:
@@ -36,6 +65,29 @@ def validate_prepare(cfg: DictConfig) -> None:
     validate_data(cfg)
 
 
+def validate_edit(cfg: DictConfig) -> None:
+    """Check the options of consistency-edit that need no model.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    for option in ("num_images", "batch_size"):
+        require_integer(cfg, option, 1)
+    require_integer(cfg, "seed", 0, 2**63 - 1)
+    for option in ("ckpt", "out", "device"):
+        require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    require(cfg.images is None or Path(str(cfg.images)).exists(), "images", cfg.images, "a file or folder that exists")
+    _require_guidance(cfg)
+    require(isinstance(cfg.gif, bool), "gif", cfg.gif, "true or false")
+    if cfg.steps is not None:
+        require_integer(cfg, "steps", 1)
+    levels = cfg.levels
+    is_list = isinstance(levels, ListConfig) and len(levels) > 0 and all(is_number(level) for level in levels)
+    require(levels is None or is_list, "levels", levels, "a list of decreasing noise levels, as [80,0.821], or null")
+    if missing := OmegaConf.missing_keys(cfg.task):
+        require(False, f"task.{min(missing)}", "not given", "see consistency-edit task=... --cfg job -p task")
+
+
 def validate_evaluate(cfg: DictConfig) -> None:
     """Check the options of consistency-evaluate.
 
@@ -47,12 +99,26 @@ def validate_evaluate(cfg: DictConfig) -> None:
     require(len(subjects) == 1, "ckpt or samples", given, "one of them: ckpt=RUN_OR_MODEL or samples=FOLDER_OR_NPZ")
     for option in (*subjects, *(["reference"] if cfg.reference is not None else [])):
         require(Path(str(cfg[option])).exists(), option, cfg[option], "a file or folder that exists")
+    _require_guidance(cfg)
     seeds = cfg.seeds
     is_list = isinstance(seeds, ListConfig) and len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds)
     require(is_list and len(set(seeds)) == len(seeds), "seeds", seeds, "a list of different integers, e.g. [0,1,2]")
     require(
         cfg.ckpt is not None or list(seeds) == [0], "seeds", seeds, "left out with samples=, which are drawn already"
     )
+
+
+def validate_app(cfg: DictConfig) -> None:
+    """Check the options of consistency-app.
+
+    Raises:
+        ValueError: one line, as `validate`.
+    """
+    for option in ("ckpt", "host", "device"):
+        require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
+    if cfg.port is not None:
+        require_integer(cfg, "port", 1, 65535)
+    require_integer(cfg, "max_upload_mb", 1, 1024)
 
 
 def validate_search(cfg: DictConfig) -> None:
@@ -122,3 +188,8 @@ def validate_export(cfg: DictConfig) -> None:
     for option in ("ckpt", "out"):
         require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
     require_integer(cfg, "num_levels", 2)
+
+
+def _require_guidance(cfg: DictConfig) -> None:
+    guidance = cfg.guidance
+    require(is_number(guidance) and math.isfinite(guidance), "guidance", guidance, "a number; 1 for none")

@@ -130,6 +130,10 @@ def _validate_network(cfg: DictConfig) -> None:
     require_integer(cfg, "network.augment_channels", 0)
     dropout, taps = cfg.network.dropout, cfg.network.resample_filter
     require(is_number(dropout) and 0 <= dropout < 1, "network.dropout", dropout, "a number from 0 to below 1")
+    hidden = cfg.network.get("label_dropout", 0.0)
+    is_probability = is_number(hidden) and 0 <= hidden < 1 and (hidden == 0 or cfg.network.num_classes > 0)
+    allowed = "a number from 0 to below 1, and 0 with network.num_classes=0"
+    require(is_probability, "network.label_dropout", hidden, allowed)
     is_filter = isinstance(taps, ListConfig) and len(taps) % 2 == 0 and all(map(is_number, taps)) and sum(taps) > 0
     require(is_filter, "network.resample_filter", taps, "a list of an even number of taps, as [1,1] or [1,3,3,1]")
     _validate_sizes(cfg)
@@ -159,11 +163,17 @@ def _validate_method(cfg: DictConfig) -> None:
     """Parts that do not go together."""
     method, draw = (part._target_.rpartition(".")[2] for part in (cfg.method, cfg.draw))
     is_edm, is_distillation = method == "EDM", _is_distillation(cfg)
-    single, pairs = "lognormal (one level an image)", "uniform_index, lognormal_index or ratio (pairs)"
-    require((draw == "LogNormal") == is_edm, "draw", draw, single if is_edm else pairs)
+    is_single = draw in ("LogNormal", "UniformTime", "FixedLevel")
+    single = "lognormal, uniform_time or fixed (one level an image)"
+    pairs = "uniform_index, lognormal_index or ratio (pairs)"
+    require(is_single == is_edm, "draw", draw, single if is_edm else pairs)
+    if draw == "FixedLevel":
+        require_positive(cfg, "draw.sigma")
     if is_edm:
-        allowed = "uniform, edm, snr, snr_plus_one or truncated_snr with method=edm"
+        allowed = "uniform, edm, snr, snr_plus_one, truncated_snr or velocity with method=edm or flow"
         require(not cfg.weighting._target_.endswith("inverse_gap"), "weighting", "inverse_gap", allowed)
+    if is_distillation:
+        require(is_number(cfg.method.guidance), "method.guidance", cfg.method.guidance, "a number; 1 for none")
     # What augment=edm sets is there without a network.
     has_network = cfg.network is not None and "channel_mult" in cfg.network
     require(has_network or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
