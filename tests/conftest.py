@@ -23,6 +23,8 @@ SLOW = (
     "test_resume",
     "test_faults",
     "test_against_others",
+    "test_sampling_at_scale",
+    "test_page",
     "test_cli",
     "test_estimate",
 )

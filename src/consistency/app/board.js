@@ -52,7 +52,7 @@ function stroke(event) {
 if (canvas.dataset.mode !== "view") {
   canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); last = null; stroke(event); });
   canvas.addEventListener("pointermove", (event) => { if (event.buttons & 1) stroke(event); });
-  canvas.addEventListener("pointerup", () => { last = null; send(); });
+  for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => { last = null; send(); });
   element.querySelector(".clear").addEventListener("click", () => {
     marks.clearRect(0, 0, canvas.width, canvas.height);
     show();
