@@ -170,7 +170,8 @@ def test_guidance_of_an_edit_has_a_label_to_follow(make_model, images, record):
     calls = record(model.denoiser)
     model.inpaint(images, torch.zeros(4, 4), steps=2, guidance=4.0)
     assert (calls[-1].labels >= 0).all()
-    assert model.last_evaluations == 6
+    assert model.last_evaluations == 9 + 6  # the guess of the label, and the edit
+    assert len(model.last_labels) == 5
     with pytest.raises(ValueError, match="needs labels"):
         model.sample(2, labels=-1, guidance=4.0, steps=2)
 
@@ -223,6 +224,10 @@ WRONG = {
     "masks": (lambda m, x: m.inpaint(x, torch.ones(3, 1, 4, 4)), "the mask is"),
     "none": (lambda m, x: m.sample(0), "at least 1"),
     "seed": (lambda m, x: m.sample(1, seed=-1), "seed"),
+    "step": (lambda m, x: m.sample(1, steps=1, levels=[80.0]), "not both"),
+    "named": (lambda m, x: m.inpaint(x, "left"), "named_mask"),
+    "pictures": (lambda m, x: m.interpolate(x, x), "two seeds"),
+    "infinite": (lambda m, x: m.sample(1, guidance=float("nan")), "finite"),
     "both": (lambda m, x: m.stroke(x, 1.0, levels=[3.0]), "not both"),
     "factor": (lambda m, x: m.superresolve(x, 3), r"\[2, 4\]"),
     "sigma": (lambda m, x: m.stroke(x, 81.0), "at most 80"),

@@ -68,14 +68,18 @@ def test_tasks_on_a_folder(folder, task):
     "overrides",
     [
         ["task=interpolate", "gif=true", "task.num_images=4"],
-        ["task=anagram", "task.up=0", "task.down=1", "steps=2", "task.num_images=3"],
-        ["task=hybrid", "task.far=0", "task.near=1", "steps=2", "guidance=2", "task.num_images=3"],
+        ["task=anagram", "task.up=0", "task.down=1", "steps=2", "num_images=3"],
+        ["task=hybrid", "task.far=0", "task.near=1", "steps=2", "guidance=2", "num_images=3"],
     ],
 )
 def test_tasks_without_images(folder, overrides):
     out = run(folder, *overrides)
     assert (out / "grid.png").exists()
     assert (out / "strip.gif").exists() == ("gif=true" in overrides)
+    if "num_images=3" in overrides:
+        said = json.loads((out / "edit.json").read_text())["columns"]
+        assert all(column["images"] == 3 for column in said.values())
+        assert next(iter(said.values()))["labels"] == [0, 0, 0]
 
 
 def test_data_sets_bring_their_labels(folder, make_denoiser, tmp_path):
@@ -115,6 +119,16 @@ def test_files_of_other_shapes_and_kinds(folder):
     }
 
 
+def test_npz_brings_its_labels(folder):
+    array = np.zeros((3, 4, 4, 3), np.uint8)
+    np.savez(folder / "some.npz", arr_0=array, arr_1=np.array([2, 0, 1]))
+    out = run(folder, f"images={folder / 'some.npz'}", "task=stroke", "num_images=2", "task.sigma=1")
+    assert json.loads((out / "edit.json").read_text())["columns"]["sigma 1"]["labels"] == [2, 0]
+    np.savez(folder / "some.npz", arr_0=array, arr_1=np.array([2, 0, 44]))
+    with pytest.raises(ValueError, match="44"):
+        run(folder, f"images={folder / 'some.npz'}", "task=stroke", out="b")
+
+
 def test_mask_file_keeps_white(folder):
     mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
     mask[:, :, :1] = 255
@@ -136,6 +150,10 @@ WRONG = {
     "absent": (["images={}/nothing"], "images is"),
     "mask": (["images={}/images", "task.mask=middle"], "mask is middle"),
     "mask file": (["images={}/images", "task.mask={}/nothing.png"], "does not exist"),
+    "white": (["images={}/images", "task.mask={}/white.png"], "hides nothing"),
+    "factor": (["images={}/images", "task=superresolve", "task.factor=0"], "factor is 0"),
+    "half": (["images={}/images", "task=superresolve", "task.factor=2.5"], "factor is 2.5"),
+    "two sources": (["images={}/images", "data=digits"], "leave one"),
     "twice": (["images={}/images", "task=stroke", "task.sigma=[1,1]"], "different"),
     "levels of denoise": (["images={}/images", "task=denoise", "levels=[2,1]"], "task.sigma"),
     "labels of anagram": (["task=anagram", "task.up=0", "task.down=1", "labels=1"], "leave labels out"),
@@ -146,6 +164,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_options_are_refused_in_one_line(folder, case):
     overrides, words = WRONG[case]
+    save_png(torch.full((1, 4, 4), 255, dtype=torch.uint8), folder / "white.png")
     with pytest.raises(ValueError, match=words) as error:
         run(folder, *(text.replace("{}", str(folder)) for text in overrides))
     assert "\n" not in str(error.value)

@@ -98,6 +98,8 @@ class Model(Drawing):
                 guidance.
         """
         known = self.images(images)
+        if isinstance(mask, str):
+            raise ValueError(f"mask is {mask!r}; it must hold pixels, see consistency.sampling.known.named_mask")
         mask = torch.as_tensor(np.asarray(mask)) > 0.5
         count, _, height, width = known.shape
         if tuple(mask.shape) not in ((height, width), (1, 1, height, width), (count, 1, height, width)):
@@ -117,12 +119,16 @@ class Model(Drawing):
 
     def superresolve(self, images: Any, factor: int = 2, **keywords: Any) -> Tensor:
         """Enlarge uint8 [N, C, H / factor, W / factor]; the mean of each patch is kept. Keywords as in `inpaint`."""
+        self.check_factor(factor)
+        small = from_uint8(self.images(images, size=self.image_shape[1] // factor))
+        return self._edit(enlarge(small, factor), lambda rows: keep_means(self._on(small[rows]), factor), **keywords)
+
+    def check_factor(self, factor: Any) -> None:
+        """Refuse a factor of `superresolve` that does not divide the image size."""
         size = self.image_shape[1]
-        if not (isinstance(factor, int) and factor > 1 and size % factor == 0):
+        if not (type(factor) is int and factor > 1 and size % factor == 0):
             divisors = [number for number in range(2, size + 1) if size % number == 0]
             raise ValueError(f"factor is {factor}; it must divide the model's {size} pixels: one of {divisors}")
-        small = from_uint8(self.images(images, size=size // factor))
-        return self._edit(enlarge(small, factor), lambda rows: keep_means(self._on(small[rows]), factor), **keywords)
 
     def stroke(self, images: Any, sigma: float | None = None, **keywords: Any) -> Tensor:
         """An image after a painting: noise of level `sigma` is added and taken away (SDEdit, Meng et al. 2022).
@@ -196,6 +202,8 @@ class Model(Drawing):
             labels: One for all; None for that of the first image. The noise between steps is one for all images.
             guidance: As in the class docstring.
         """
+        if type(start) is not int or type(end) is not int:
+            raise ValueError("interpolate takes two seeds; `morph` goes from one image to another")
         at = torch.linspace(0, 1, num_images) if places is None else torch.tensor([float(place) for place in places])
         given = self._given(labels, len(at))
         if given is None and self.num_classes:
@@ -315,13 +323,14 @@ class Model(Drawing):
         start = STROKE * self.image_shape[1] / 256 if sigma is None else float(sigma)
         if self.is_consistency and steps in (None, 2) and levels is None:
             first = self.levels(1, start=start)[0]
-            levels = [level for level in (first, first * STROKE_RATIO) if level > self.denoiser.sigma_min]
+            steps, levels = None, [first, first * STROKE_RATIO]
+            levels = [level for level in levels if level > self.denoiser.sigma_min]
         return {**keywords, "start": start, "steps": steps, "levels": levels}
 
     def _sample_levels(self, steps: int | None, levels: Sequence[float] | None) -> list[float]:
         """Levels of new images: a consistency model's first two are the published ones, not the grid's."""
         if levels is None and self.is_consistency and steps in (None, 1, 2):
-            levels = [self.denoiser.sigma_max, TWO_STEP][: steps or 1]
+            steps, levels = None, [self.denoiser.sigma_max, TWO_STEP][: steps or 1]
         return self.levels(steps, levels)
 
     def _compose(self, label: int, num_images: int, view: ViewOf, **keywords: Any) -> Tensor:

@@ -62,6 +62,8 @@ def derive_seed(purpose: str, *keys: int) -> int:
 
 def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
     """Seed of each image that a sampling run with `seed` draws; image i depends on (seed, i) alone."""
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed}")
     return [derive_seed("image", seed, int(index)) for index in indices]
 
 

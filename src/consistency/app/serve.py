@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -15,12 +17,15 @@ from omegaconf import DictConfig
 from consistency.app.page import CSS, build
 from consistency.app.studio import Studio
 
+_LOOPBACK = ("127.0.0.1", "localhost")
 _OVERHEAD = 1 << 20  # bytes of a request beside an upload: forms, drawings
 
 
 def app(cfg: DictConfig) -> None:
-    """Load the model, say the address, serve until Ctrl-C."""
+    """Load the model, say the address, serve until Ctrl-C or SIGTERM."""
     _quiet()
+    # Service managers end a process so; unhandled, it would leave the uploads behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     from consistency.api import load
 
     studio = Studio(load(cfg.ckpt, weights=cfg.weights, device=cfg.device))
@@ -72,12 +77,16 @@ def _gradio_folder(folder: str) -> Iterator[None]:
 def _launch(blocks: Any, host: str, port: int | None, upload: int, board: int) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    middleware = [Middleware(BoundedRequests, limit=upload + board + _OVERHEAD)]
+    if host in _LOOPBACK:  # a name of somebody else's that leads here is a page of theirs that reads this one
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK)))
     blocks.launch(
         server_name=host,
         server_port=port,
         max_file_size=upload,
-        app_kwargs={"middleware": [Middleware(BoundedRequests, limit=upload + board + _OVERHEAD)]},
+        app_kwargs={"middleware": middleware},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         prevent_thread_lock=True,

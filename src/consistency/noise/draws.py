@@ -58,7 +58,7 @@ class UniformTime:
 
 @dataclass(frozen=True)
 class FixedLevel:
-    """One noise level for all images: a plain denoiser, which cannot generate."""
+    """One noise level for all images: a plain denoiser, which learns nothing of the others."""
 
     sigma: float = 0.5
 

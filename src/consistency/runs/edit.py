@@ -19,6 +19,7 @@ from consistency.data.arrays import DecodedImages
 from consistency.data.cropping import adm
 from consistency.data.files import image_grid, read_images, save_gif, save_png, save_pngs
 from consistency.data.sources import ENDINGS, Files, OneFile
+from consistency.reading import read_npz
 from consistency.runs.rundata import data_of
 from consistency.runs.tasks import Columns
 from consistency.whole import write_text
@@ -48,12 +49,12 @@ def edit(cfg: DictConfig) -> Path:
     )
     _write({name: column.images for name, column in columns.items()}, out, gif=cfg.gif)
     settings = {key: OmegaConf.to_container(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in cfg}
-    said = {name: {"levels": column.levels, "evaluations": column.evaluations} for name, column in columns.items()}
+    said = {name: column._asdict() | {"images": len(column.images)} for name, column in columns.items()}
     write_text(
         out / "edit.json", json.dumps({"columns": said, "settings": settings, "model": _plain(info)}, indent=2) + "\n"
     )
     drawn = [column for column in columns.values() if column.levels]
-    what = f"{len(drawn[0].images)} images, {drawn[0].evaluations} evaluations at levels {_short(drawn[0].levels)}"
+    what = f"{len(drawn[0].images)} x {drawn[0].evaluations} evaluations at levels {_short(drawn[0].levels)}"
     others = f", and {len(drawn) - 1} more columns" if len(drawn) > 1 else ""
     log.info("%s: %s%s -> %s", cfg.task._target_.rpartition(".")[2], what, others, out)
     return out
@@ -77,9 +78,13 @@ def _images(cfg: DictConfig, model: Model) -> tuple[Tensor, Tensor | None]:
         # A set without labels has label 0 everywhere.
         return torch.stack([image for image, _ in pairs]), labels if data.num_classes == model.num_classes else None
     source = Path(cfg.images)
+    if cfg.get("data") is not None:
+        raise ValueError(f"images={source} and data= are given; leave one of them out")
     if source.suffix.lower() == ".npz":
         images = read_images(source)[: cfg.num_images]
-        return images.expand(-1, 3, -1, -1) if channels == 3 and images.shape[1] == 1 else images, None
+        images = images.expand(-1, 3, -1, -1) if channels == 3 and images.shape[1] == 1 else images
+        stored = read_npz(source, ["arr_1"]).get("arr_1") if model.num_classes else None
+        return images, None if stored is None else torch.from_numpy(stored)[: len(images)]
     if source.is_file() and source.suffix.lower() not in ENDINGS:
         raise ValueError(f"images={source} is no image by its ending; allowed: {', '.join(ENDINGS)}, .npz, a folder")
     files = Files(source, labelled=False) if source.is_dir() else OneFile(source)

@@ -26,6 +26,7 @@ class Column(NamedTuple):
     images: Tensor
     levels: list[float] = []
     evaluations: int = 0
+    labels: list[int] | None = None
 
 
 Columns = dict[str, Column]
@@ -48,6 +49,8 @@ def inpaint(
     else:
         known = named_mask(mask, size, box=box, fraction=fraction, seed=seed, num_images=len(images))
         known = known.expand(len(images), 1, size, size)
+    if bool(known.all()):
+        raise ValueError(f"task.mask={mask} hides nothing: every pixel of it is white, or a transparent one")
     filled = model.inpaint(images, known, seed=seed, **keywords)
     return {"given": Column(hidden(images, known)), "inpainted": drawn(model, filled), "original": Column(images)}
 
@@ -61,6 +64,7 @@ def colorize(model: Model, images: Tensor, **keywords: Any) -> Columns:
 def superresolve(model: Model, images: Tensor, *, factor: int = 2, **keywords: Any) -> Columns:
     """Images shrunk by `factor` and enlarged again; or small ones, of the model's size divided by it, enlarged."""
     is_small = images.shape[-1] * factor == model.image_shape[1]
+    model.check_factor(factor)
     small = images if is_small else shrink(images, factor)
     large = model.superresolve(small, factor, **keywords)
     columns = {"given": Column(enlarge(small, factor)), "enlarged": drawn(model, large)}
@@ -168,7 +172,8 @@ def read_mask(path: Path, size: int) -> Tensor:
 
 def drawn(model: Model, images: Tensor) -> Column:
     """What the model has just drawn."""
-    return Column(images, [round(level, 6) for level in model.last_levels], model.last_evaluations)
+    levels = [round(level, 6) for level in model.last_levels]
+    return Column(images, levels, model.last_evaluations, model.last_labels)
 
 
 def _each(sigma: float | Sequence[float] | None) -> Sequence[Any]:

@@ -40,7 +40,9 @@ class Drawing:
         self.denoiser = denoiser.eval().to(self.device)
         self.is_consistency, self.batch_size = is_consistency, batch_size
         self.last_levels: list[float] = []  # of the last call
-        self.last_evaluations = 0  # of the network for each image, in the last call
+        self.last_evaluations = 0  # of the network for each image, in the last call, guesses of labels included
+        self.last_labels: list[int] | None = None
+        self._guesses = 0  # evaluations of an edit before it begins
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -67,6 +69,8 @@ class Drawing:
         """
         low, high = self.denoiser.sigma_min, self.denoiser.sigma_max
         first = high if start is None else float(start)
+        if levels is not None and steps is not None:
+            raise ValueError(f"give steps ({steps}) or levels ({list(levels)}), not both")
         if levels is not None:
             given = [float(level) for level in levels]
             falls = len(given) > 0 and all(a > b for a, b in pairwise([*given, low])) and given[0] <= high
@@ -127,8 +131,6 @@ class Drawing:
         """
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2^63 - 1, got {seed}")
         if guidance != 1 and labels is not None and bool((labels < 0).any()):
             raise ValueError(f"guidance={guidance:g} needs labels, -1 is none; give labels, or guidance=1")
         guided = views.guided(self.denoiser, guidance)
@@ -152,7 +154,8 @@ class Drawing:
                     sigmas = torch.tensor([*levels, 0.0], dtype=torch.float64)
                     x = sample_heun(denoiser, x, sigmas, labels=own, randn_like=randn_like)
                 parts.append(to_uint8(x if known is None else views.settled(x, known(rows))).cpu())
-        self.last_levels, self.last_evaluations = levels, calls() // len(batches)
+        self.last_levels, self.last_evaluations = levels, calls() // len(batches) + self._guesses
+        self.last_labels, self._guesses = None if labels is None else labels.tolist(), 0
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -199,5 +202,7 @@ class Drawing:
             replace = (lambda x, own=own: own.to(x.dtype)) if known is None else known(rows)
             seeds = [derive_seed("guess", seed, row) for row in rows.tolist()]  # not the noise of the edit itself
             randn_like = randn_of_seeds(seeds, self.image_shape)
-            parts.append(guess_labels(self.denoiser, own, replace, randn_like).cpu())
+            with counted(self.denoiser) as calls:
+                parts.append(guess_labels(self.denoiser, own, replace, randn_like).cpu())
+            self._guesses = calls()
         return torch.cat(parts)

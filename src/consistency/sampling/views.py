@@ -47,6 +47,8 @@ def guided(denoiser: Denoiser, weight: float) -> Any:
     """
     if weight == 1:
         return denoiser
+    if not math.isfinite(weight):
+        raise ValueError(f"guidance must be a finite number, got {weight}; 1 is none")
     if not (denoiser.num_classes and denoiser.network.label_dropout > 0):
         what = "has no labels" if not denoiser.num_classes else "never saw an image without its label"
         allowed = "guidance=1, or a model trained with network.label_dropout=0.1"
