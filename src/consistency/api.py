@@ -100,7 +100,7 @@ class Model(Drawing):
         known = self.images(images)
         if isinstance(mask, str):
             raise ValueError(f"mask is {mask!r}; it must hold pixels, see consistency.sampling.known.named_mask")
-        mask = torch.as_tensor(np.asarray(mask)) > 0.5
+        mask = (mask.cpu() if isinstance(mask, Tensor) else torch.as_tensor(np.asarray(mask))) > 0.5
         count, _, height, width = known.shape
         if tuple(mask.shape) not in ((height, width), (1, 1, height, width), (count, 1, height, width)):
             allowed = f"[{height}, {width}] or [{count}, 1, {height}, {width}]"
