@@ -149,6 +149,9 @@ def test_interpolation_ends_at_the_two_seeds(make_model):
 def test_diffusion_models_encode_images_exactly(make_model, images):
     model = make_model("diffusion")
     strip = model.morph(images[:2], 3, steps=60)
+    assert model.last_evaluations == 2 * 59 + 2 * 60 - 1  # up and down
+    model.sample(1, steps=2)
+    assert model.last_evaluations == 3
     # The way up and down again, by Heun's method.
     assert (strip[[0, 2]].float() - images[:2].float()).abs().mean() < 6
     both = make_model("diffusion", num_classes=3).morph(images[:2], 3, steps=60, labels=[0, 2])

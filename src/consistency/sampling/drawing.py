@@ -40,9 +40,9 @@ class Drawing:
         self.denoiser = denoiser.eval().to(self.device)
         self.is_consistency, self.batch_size = is_consistency, batch_size
         self.last_levels: list[float] = []  # of the last call
-        self.last_evaluations = 0  # of the network for each image, in the last call, guesses of labels included
+        self.last_evaluations = 0  # of the network for each image, in the last call, all included
         self.last_labels: list[int] | None = None
-        self._guesses = 0  # evaluations of an edit before it begins
+        self._before = 0  # evaluations of an edit before it begins: guesses of labels, encoding
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -129,6 +129,7 @@ class Drawing:
 
         `together` gives all images the noise of image 0, and `noise` replaces the first.
         """
+        before, self._before = self._before, 0
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}")
         if guidance != 1 and labels is not None and bool((labels < 0).any()):
@@ -154,8 +155,8 @@ class Drawing:
                     sigmas = torch.tensor([*levels, 0.0], dtype=torch.float64)
                     x = sample_heun(denoiser, x, sigmas, labels=own, randn_like=randn_like)
                 parts.append(to_uint8(x if known is None else views.settled(x, known(rows))).cpu())
-        self.last_levels, self.last_evaluations = levels, calls() // len(batches) + self._guesses
-        self.last_labels, self._guesses = None if labels is None else labels.tolist(), 0
+        self.last_levels, self.last_evaluations = levels, calls() // len(batches) + before
+        self.last_labels = None if labels is None else labels.tolist()
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -164,8 +165,10 @@ class Drawing:
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         denoiser, x = views.guided(self.denoiser, guidance), from_uint8(images).to(self.device, kind)
         own = None if labels is None else labels.to(self.device)
-        for low, high in pairwise(reversed(levels)):
-            x = heun_step(denoiser, x, x.new_full((len(x),), low), x.new_full((len(x),), high), own)
+        with counted(self.denoiser) as calls:
+            for low, high in pairwise(reversed(levels)):
+                x = heun_step(denoiser, x, x.new_full((len(x),), low), x.new_full((len(x),), high), own)
+        self._before += calls()
         return x.cpu()
 
     def _on(self, x: Tensor) -> Tensor:
@@ -192,6 +195,7 @@ class Drawing:
         self, base: Tensor, labels: Labels, known: KnownOf | None, seed: int, guidance: float
     ) -> Tensor | None:
         """Labels as given; else none, if the model can do without; else, and for guidance, guessed."""
+        self._before = 0
         if labels is not None or not self.num_classes:
             return self._given(labels, len(base))
         if self.can_guide and guidance == 1:
@@ -204,5 +208,5 @@ class Drawing:
             randn_like = randn_of_seeds(seeds, self.image_shape)
             with counted(self.denoiser) as calls:
                 parts.append(guess_labels(self.denoiser, own, replace, randn_like).cpu())
-            self._guesses = calls()
+            self._before = calls()
         return torch.cat(parts)
