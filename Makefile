@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train test test-faults fuzz check docs clean
+.PHONY: help train test test-faults fuzz check docs bench results-gpu results-cpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,15 @@ check: $(INSTALLED)  ## Lint, format, spelling, types
 
 docs: $(INSTALLED)  ## Measure the digits runs under outputs/ for the table of experiments/README.md
 	@$(BIN)/python experiments/measure_digits.py $(ARGS)
+
+bench: $(INSTALLED)  ## Where the time goes, beside diffusers; under 5 minutes (ARGS='--device cuda experiment=photos_ict speed=gpu')
+	@$(BIN)/python experiments/bench $(ARGS)
+
+results-gpu: $(INSTALLED)  ## Train the five methods on photographs 32x32 and write the results table (ARGS='--data cifar10')
+	@$(BIN)/python experiments/measure_photographs.py gpu $(ARGS)
+
+results-cpu: $(INSTALLED)  ## The same with 16x16 images and a tiny network, without a GPU
+	@$(BIN)/python experiments/measure_photographs.py cpu $(ARGS)
 
 clean:  ## Remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,5 +1,6 @@
 """The commands as a user types them: subprocesses, in an empty folder."""
 
+import copy
 import csv
 import json
 import os
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+
+from consistency import config
+from consistency.checkpoints.io import save_denoiser
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -101,6 +106,30 @@ def test_configuration_errors_are_short(tmp_path, overrides, words):
 def test_help_does_not_import_torch():
     code = "import sys, consistency, consistency.cli; assert not {'torch', 'lightning'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_sampling_loads_neither_the_compiler_nor_lightning(make_denoiser, tmp_path):
+    save_denoiser(make_denoiser(), tmp_path / "model", {"method": "ConsistencyTraining"})
+    code = (
+        "import sys; from consistency.cli import sample; sample(); "
+        "assert not {'torch._dynamo', 'lightning', 'torchvision', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules)"
+    )
+    options = [f"ckpt={tmp_path / 'model'}", f"out={tmp_path / 'a.png'}", "num_samples=2", "device=cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").exists()
+
+
+def test_editing_and_measuring_images_of_ones_own_load_no_lightning():
+    code = "import sys, consistency.runs.edit, consistency.runs.evaluate; assert 'lightning' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_help_copies_no_stored_configuration():
+    config.register()
+    store = ConfigStore.instance()
+    assert copy.deepcopy(store) is store
+    assert store.load("hydra/config.yaml").node is not store.load("hydra/config.yaml").node
 
 
 def test_the_mathematics_loads_neither_lightning_nor_hydra():

@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from consistency import config
 from consistency.callbacks.ending import EndOfRun
 from consistency.checkpoints.io import load_model
-from consistency.methods.compilation import compile_networks
 from consistency.models.averages import frozen_copy
+from consistency.models.execution import run_as
 from consistency.ops import same_randomness
 from consistency.runs.start import start
 from consistency.runs.train import train
@@ -79,7 +79,8 @@ def test_both_passes_share_one_dropout_mask(make_denoiser):
     online = make_denoiser(dropout=0.5).train()
     method = torch.nn.Module()
     method.denoiser, method.target = online, frozen_copy(online)
-    compile_networks(method, "aot_eager")
+    for network in (method.denoiser, method.target):
+        run_as(network, compile="aot_eager")
     assert online.network._compiled_call_impl is not None
     x, sigma = torch.randn(8, 1, 4, 4), torch.full((8,), 3.0)
     with same_randomness(x.device) as rewind:
@@ -92,19 +93,16 @@ def test_both_passes_share_one_dropout_mask(make_denoiser):
 
 
 def test_in_place_and_copies_are_eager(make_denoiser):
-    method = torch.nn.Module()
-    method.denoiser = make_denoiser()
-    before = list(method.state_dict())
-    compile_networks(method, False)
-    assert method.denoiser.network._compiled_call_impl is None
-    compile_networks(method, "eager")
-    assert list(method.state_dict()) == before
-    for copied in (copy.deepcopy(method.denoiser), frozen_copy(method.denoiser)):
+    denoiser = make_denoiser()
+    before = list(denoiser.state_dict())
+    run_as(denoiser)
+    assert denoiser.network._compiled_call_impl is None
+    run_as(denoiser, compile="eager")
+    assert list(denoiser.state_dict()) == before
+    for copied in (copy.deepcopy(denoiser), frozen_copy(denoiser)):
         assert copied.network._compiled_call_impl is None
 
 
 def test_refuses_an_unknown_backend(make_denoiser):
-    method = torch.nn.Module()
-    method.denoiser = make_denoiser()
-    with pytest.raises(ValueError, match=r"compile is fast; allowed: true, false, .*inductor"):
-        compile_networks(method, "fast")
+    with pytest.raises(ValueError, match=r"compile is fast; allowed: true, false, reduce-overhead, .*inductor"):
+        run_as(make_denoiser(), compile="fast")

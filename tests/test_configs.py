@@ -16,7 +16,7 @@ from consistency.validation import commands, training
 config.register()
 
 ALL_RECIPES = sorted(path.stem for path in (config.EXPERIMENTS_DIR / "experiment").glob("*.yaml"))
-RECIPES = [name for name in ALL_RECIPES if name.startswith(("digits", "smoke"))]
+RECIPES = [name for name in ALL_RECIPES if name.startswith(("digits", "photos", "smoke"))]
 PUBLISHED = [name for name in ALL_RECIPES if name not in RECIPES]
 NETWORKS = sorted(path.stem for path in (config.CONF_DIR / "network").glob("*.yaml"))
 GROUPS = {
@@ -49,9 +49,9 @@ def composed(*overrides, name="train"):
 
 
 def test_there_are_recipes_for_all_methods():
-    assert {f"{kind}_{method}" for kind in ("digits", "smoke") for method in ("edm", "cd", "ct", "ict", "ect")} <= set(
-        RECIPES
-    )
+    assert {
+        f"{kind}_{method}" for kind in ("digits", "photos", "smoke") for method in ("edm", "cd", "ct", "ict", "ect")
+    } <= set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

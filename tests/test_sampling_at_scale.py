@@ -24,7 +24,7 @@ from consistency.runs import workers
 from consistency.runs.sample import find_devices, sample, trajectory
 from consistency.runs.shards import PngShards, RawShards
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_dpm2, sample_heun
-from consistency.sampling.views import guided
+from consistency.sampling.views import guided, in_full_batches
 from consistency.validation import commands
 
 config.register()
@@ -294,3 +294,67 @@ def test_devices(monkeypatch):
     for count_, name in ((5, "cuda"), (2, "cuda:0")):
         with pytest.raises(ValueError, match=f"devices is {count_}"):
             find_devices(count_, name, gpu)
+
+
+def test_full_batches_give_the_same_images(make_denoiser, record):
+    model = make_denoiser(num_classes=3).eval()
+    x, sigma, labels = torch.randn(5, 1, 8, 8), torch.full((5,), 3.0), torch.tensor([0, 1, 2, 0, 1])
+    whole, calls = model(x, sigma, labels), record(model)
+    full = in_full_batches(model, 5)
+    with torch.no_grad():
+        assert torch.equal(full(x, sigma, labels), whole)
+        torch.testing.assert_close(full(x[:2], sigma[:2], labels[:2]), whole[:2])
+    assert [len(call.x) for call in calls] == [5, 5]
+    assert full.image_shape == model.image_shape
+
+
+def test_a_compiled_network_is_compiled_once_though_the_last_batch_is_smaller(ckpt, tmp_path):
+    compiled = []
+
+    def backend(module, inputs):
+        compiled.append(len(inputs))
+        return module.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(backend, "counts_for_this_test")
+    draw(ckpt, tmp_path / "plain")
+    for devices, out in ((1, "one"), (2, "two")):
+        if devices == 1:
+            draw(ckpt, tmp_path / out, "compile=counts_for_this_test")
+        else:
+            draw(ckpt, tmp_path / out, "compile=eager", "devices=2")
+        assert len(compiled) == 1
+        same = read_images(tmp_path / out).int() - read_images(tmp_path / "plain").int()
+        assert same.abs().max() <= 1
+        assert len(read_images(tmp_path / out)) == 21
+
+
+def test_how_the_network_is_run_is_a_setting_of_the_images(ckpt, tmp_path):
+    """As it always was, nothing is written of it, and folders of earlier versions go on."""
+    for number, options in enumerate((["dtype=bf16"], ["channels_last=true"], ["compile=eager"])):
+        plain, other = tmp_path / f"plain{number}", tmp_path / f"other{number}"
+        draw(ckpt, plain)
+        draw(ckpt, other, *options)
+        name, value = options[0].split("=")
+        assert name not in json.loads((plain / "sampling.json").read_text())["settings"]
+        assert str(json.loads((other / "sampling.json").read_text())["settings"][name]).lower() == value
+        with pytest.raises(ValueError, match=f"other settings: {name}"):
+            draw(ckpt, plain, *options)
+        with pytest.raises(ValueError, match=f"other settings: {name}"):
+            draw(ckpt, other)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("compile=nonsense", "compile is nonsense; allowed: true, false"),
+        ("compile=3", "compile is 3"),
+        ("dtype=fp8", "dtype is fp8"),
+        ("dtype=fp16", "fp16 on a CPU"),
+        ("channels_last=1", "channels_last is 1"),
+    ],
+)
+def test_ways_to_run_that_do_not_exist_are_refused_before_anything_is_begun(ckpt, tmp_path, option, words):
+    with pytest.raises(ValueError, match=words):
+        draw(ckpt, tmp_path / "out", option)
+    assert not (tmp_path / "out").exists()

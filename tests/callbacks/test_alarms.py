@@ -75,6 +75,34 @@ def test_step_that_is_not_finite_changes_nothing(make_method, train, adam, tmp_p
     assert method.progress.images_seen == 5 * 4  # those of the skipped step were seen
 
 
+def test_without_waiting_bad_entries_become_zero_and_the_step_counts(make_method, train, adam, rows, tmp_path, caplog):
+    alarm, watch, log, gradients = NonFinite(str(tmp_path), wait=False), Watch(), rows(), []
+    method = make_method(optimizer=adam, target_decay=FixedDecay(0.5))
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            gradients.append(next(pl_module.denoiser.parameters()).grad.clone())
+
+    callbacks = [Spoil(1, 2), TrainingLog(2), alarm, Look(), TargetEMA(), WeightEMA([0.5]), watch]
+    train(method, steps=4, callbacks=callbacks, loggers=[log])
+    assert [seen.step for seen in watch.seen] == [1, 2, 3, 4]
+    assert [int(gradient.view(-1)[0] == 0) for gradient in gradients] == [0, 1, 1, 0]
+    assert all(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in gradients)
+    assert all(x.isfinite().all() for part in ("online", "moments") for x in getattr(watch.seen[-1], part))
+    assert [row["nonfinite_steps"] for _, row in log.rows] == [1, 2]
+    assert alarm.state_dict() == {"count": 2, "in_a_row": 0}
+    assert [record.args for record in ours(caplog)] == [(1, 2, 1), (1, 4, 2)]
+
+
+def test_without_waiting_it_stops_after_the_row_that_finds_too_many(make_method, train, tmp_path):
+    method, alarm = make_method(), NonFinite(str(tmp_path), patience=3, wait=False)
+    with pytest.raises(FloatingPointError, match=r"nonfinite_rank0\.json"):
+        train(method, steps=99, callbacks=[Spoil(*range(99)), TrainingLog(4), alarm])
+    assert method.progress.step == 5  # the row of step 4 found them
+    repro = json.loads((tmp_path / "nonfinite_rank0.json").read_text())
+    assert "nan" in repro["gradient_norms"].values()
+
+
 def test_one_micro_batch_spoils_its_whole_step(make_method, train, adam, at, tmp_path):
     def spoil(method):
         next(method.denoiser.parameters()).grad.fill_(math.nan)

@@ -12,9 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from consistency.data.module import ShuffledBatches
 from consistency.methods.edm import EDM
+from consistency.ops import send
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +31,21 @@ class NonFinite(Callback):
     gradients. Under fp16 it is the scaler that skips; a few steps at the start of a run, while it looks for its scale,
     are normal. Skipped steps are counted in the column `nonfinite_steps`.
 
+    To know whether to apply a step, the CPU must wait for the gradient. Without `wait` it does not: entries that are
+    not finite become 0 on the device (EDM's training loop does so), the step is applied and counts, and how many there
+    were is read when a row of `TrainingLog` is due.
+
     Args:
         dirpath: Where `nonfinite_rank0.json` is written when the run stops: what is needed to make the step again.
         patience: Steps in a row.
+        wait: Whether each step waits for the device, and is skipped; False for CUDA without a stop in the hot loop.
     """
 
-    def __init__(self, dirpath: str, patience: int = 20) -> None:
+    def __init__(self, dirpath: str, patience: int = 20, *, wait: bool = True) -> None:
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}; change callbacks.nonfinite.patience")
-        self.dirpath, self.patience = Path(dirpath), patience
+        self.dirpath, self.patience, self.wait = Path(dirpath), patience, wait
+        self._on_device: Tensor | None = None  # count and in_a_row, where nobody waits
         self.count = self.in_a_row = 0
         self._parts: list[dict[str, Any]] = []  # micro-batches of the step under way
         self._has_stepped = False
@@ -45,6 +53,12 @@ class NonFinite(Callback):
 
     def columns(self, pl_module: Any) -> dict[str, float]:
         """For the row of `TrainingLog`."""
+        if self._on_device is not None:
+            before = self.count
+            self.count, self.in_a_row = self._on_device.tolist()
+            if self.count > before and pl_module.trainer.is_global_zero:
+                what = "gradients were not finite in %d steps before step %d (%d so far); such entries were taken as 0"
+                log.warning(what, self.count - before, pl_module.progress.step, self.count)
         return {"nonfinite_steps": self.count}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -59,8 +73,12 @@ class NonFinite(Callback):
         self._has_stepped = True
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Of the largest entries, as the scaler looks: squares of finite float32 numbers may overflow.
-        largest = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], torch.inf)
-        is_finite = bool(torch.stack(largest).isfinite().all())  # the one place where a step waits for the device
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        all_finite = torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()
+        if not self.wait:
+            self._set_to_zero(trainer, pl_module, gradients, ~all_finite)
+            return
+        is_finite = bool(all_finite)  # the one place where a step waits for the device
         if not trainer.strategy.reduce_boolean_decision(not is_finite, all=False):  # all ranks take the same branch
             self.in_a_row = 0
             return
@@ -69,11 +87,7 @@ class NonFinite(Callback):
             what = "the gradient of step %d is not finite, the step was not applied (%d so far, %d in a row)"
             log.warning(what, pl_module.progress.step + 1, self.count, self.in_a_row)
         if self.in_a_row >= self.patience:
-            self._norms = {
-                name: parameter.grad.norm().item()
-                for name, parameter in pl_module.named_parameters()
-                if parameter.grad is not None
-            }
+            self._norms = _norms(pl_module)
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             for parameter in parameters:
                 parameter.grad = None  # what has no gradient is left alone by every optimizer, its moments too
@@ -87,6 +101,18 @@ class NonFinite(Callback):
                 f"the gradient was not finite in {self.in_a_row} steps in a row, training stopped at step "
                 f"{pl_module.progress.step}; {file} says what to repeat, lower optimizer.lr or use precision=fp32"
             )
+
+    def _set_to_zero(self, trainer: L.Trainer, pl_module: Any, gradients: list[Tensor], is_bad: Tensor) -> None:
+        """Count on the device and mend; stop at a row if it has lasted too long. The scaler skips by itself."""
+        if self._on_device is None:
+            self._on_device = send(torch.tensor([self.count, self.in_a_row]), is_bad.device)
+        count, in_a_row = self._on_device
+        self._on_device = torch.stack([count + is_bad, (in_a_row + 1) * is_bad])
+        if self.in_a_row >= self.patience:  # as the last row found it
+            self._norms = _norms(pl_module)
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            for gradient in gradients:
+                torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _write_repro(self, trainer: L.Trainer, pl_module: Any, norms: dict[str, float]) -> Path:
         """One JSON file a rank; numbers that are not finite are strings in it."""
@@ -127,11 +153,19 @@ class NonFinite(Callback):
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
+        if self._on_device is not None:
+            self.count, self.in_a_row = self._on_device.tolist()
         return {"count": self.count, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore them."""
-        self.count, self.in_a_row = state_dict["count"], state_dict["in_a_row"]
+        self.count, self.in_a_row, self._on_device = state_dict["count"], state_dict["in_a_row"], None
+
+
+def _norms(pl_module: Any) -> dict[str, float]:
+    """Norm of the gradient of each parameter."""
+    with_gradient = ((name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None)
+    return {name: gradient.norm().item() for name, gradient in with_gradient}
 
 
 def _plain(tree: Any) -> Any:

@@ -69,6 +69,7 @@ class WeightEMA(Callback):
         self.decays = {f"ema{decay:g}": decay for decay in decays}
         self.half_lives = {f"ema_{_short(half_life)}img": half_life for half_life in half_lives}
         self.averages: dict[str, dict[str, Tensor]] = {}
+        self._values: list[Tensor] = []
         self._last_step = self._last_images = 0
 
     @staticmethod
@@ -105,6 +106,7 @@ class WeightEMA(Callback):
                     )
                 self.averages[name] = {key: value.detach().clone() for key, value in parameters.items()}
             self.averages[name] = {key: value.to(parameters[key].device) for key, value in self.averages[name].items()}
+        self._values = list(parameters.values())  # finding them takes longer than averaging them
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update every average if an optimizer step happened."""
@@ -114,7 +116,7 @@ class WeightEMA(Callback):
         seen, reached_step = pl_module.progress.images_seen, pl_module.progress.schedule_step
         ratio = pl_module.progress.batch_ratio
         images, self._last_step, self._last_images = seen - self._last_images, step, seen
-        values = list(pl_module.denoiser.parameters())
+        values = self._values
         for name, decay in self.decays.items():
             rate = decay**ratio
             beta = min(rate, reached_step / (9 + reached_step)) if self.warmup else rate

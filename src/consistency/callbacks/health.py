@@ -52,6 +52,7 @@ class TrainingLog(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; sums of an interrupted row go on."""
         self._start_clock(pl_module.progress.step, pl_module.progress.images_seen)
+        self._edges = self._edges.to(pl_module.device)
         self._reduce = partial(trainer.strategy.reduce, reduce_op="sum")
         if self._sums is not None and self._counts is not None:
             share = 1.0 if trainer.is_global_zero else 0.0  # the row is the first rank's now
@@ -79,7 +80,7 @@ class TrainingLog(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add up; write a row when it is due."""
         loss, sigma = outputs["per_sample"].float(), outputs["sigma"]
-        band = torch.bucketize(sigma.log(), self._edges.to(sigma.device))
+        band = torch.bucketize(sigma.log(), self._edges)
         if self._sums is None or self._counts is None:
             self._sums = torch.zeros(len(LEVEL_EDGES) + 1, device=loss.device)
             self._counts = torch.zeros_like(self._sums)

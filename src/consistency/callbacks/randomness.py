@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from consistency.ops import derive_seed
+from consistency.ops import derive_seed, seed_everywhere
 
 
 class StepSeeds(Callback):
@@ -35,6 +34,6 @@ class StepSeeds(Callback):
         pl_module.progress.image_seed = self.seed if self.per_image else None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Seed the CPU and every CUDA device."""
+        """Seed the CPU and the device."""
         position = pl_module.progress.images_seen + pl_module.progress.pending
-        torch.manual_seed(derive_seed("step", self.seed, trainer.global_rank, position))
+        seed_everywhere(derive_seed("step", self.seed, trainer.global_rank, position), pl_module.device)

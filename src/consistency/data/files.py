@@ -20,6 +20,7 @@ from consistency.whole import put_in_place
 
 MANIFEST = "sampling.json"  # in a folder of samples: how they were drawn, and whether all are there
 _GRID = "consistency, a grid of images"  # in the PNG's text
+_FRAME = 2  # white pixels around a cell
 
 
 def image_grid(images: Tensor, columns: int | None = None, min_cell: int = 32) -> Tensor:
@@ -30,12 +31,19 @@ def image_grid(images: Tensor, columns: int | None = None, min_cell: int = 32) -
         columns: Images in a row; None for a nearly square grid.
         min_cell: Smallest side of a cell, in pixels.
     """
-    from torchvision.utils import make_grid
-
     columns = columns or int(np.ceil(len(images) ** 0.5))
     factor = -(-min_cell // images.shape[-1])
     images = images.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
-    return make_grid(images, nrow=columns, padding=2, pad_value=255)
+    images = images.expand(-1, 3, -1, -1)
+    if len(images) == 1:
+        return images[0]  # without a frame
+    height, width = images.shape[-2] + _FRAME, images.shape[-1] + _FRAME
+    columns, rows = min(columns, len(images)), -(-len(images) // columns)
+    grid = torch.full((3, rows * height + _FRAME, columns * width + _FRAME), 255, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * height + _FRAME, number % columns * width + _FRAME
+        grid[:, top : top + height - _FRAME, left : left + width - _FRAME] = image
+    return grid
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:

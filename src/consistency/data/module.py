@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from consistency.data.arrays import histogram, mean_and_std
 from consistency.data.cache import read_meta
-from consistency.ops import derive_seed, from_uint8
+from consistency.ops import append_dims, derive_seed, from_uint8, send
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.flip:
             parts = self._generators("flip", len(images))
             mirrored = torch.cat([torch.rand(len(part), generator=generator) for part, generator in parts]) < 0.5
-            images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
+            images = torch.where(append_dims(send(mirrored, images.device), images.ndim), images.flip(-1), images)
         images = from_uint8(images)
         if self.augment is None:
             return images, labels

@@ -1,4 +1,4 @@
-"""Networks that turn images into features and class logits: Inception, and a small classifier of the data set."""
+"""Networks that turn images into features and class logits: Inception, and a classifier of the data set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consistency.evaluation.features import SmallClassifier, train_classifier
+from consistency.evaluation.residual import ResidualClassifier, ResidualRecipe
 from consistency.evaluation.storage import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
 from consistency.files import locked
 
@@ -29,6 +31,7 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # how the hash of the published file begins
 _CLASSIFIER = 1  # version of the classifier and its training
+SWITCHES = threading.Lock()  # held while an extractor has switched the precision of all threads; see evaluation.ahead
 _TIMEOUT = 30.0  # seconds without a byte; a network that swallows packets would hang for ever
 
 
@@ -82,7 +85,7 @@ class Inception(Extractor):
 
 
 class ClassifierExtractor(Extractor):
-    """A trained `SmallClassifier`; images of another size are resized, grey and colour brought to its channels.
+    """A trained classifier; images of another size are resized, grey and colour brought to its channels.
 
     Args:
         model: The classifier.
@@ -91,7 +94,7 @@ class ClassifierExtractor(Extractor):
 
     name, prefix = "classifier", "fd_classifier"
 
-    def __init__(self, model: SmallClassifier, accuracy: float) -> None:
+    def __init__(self, model: SmallClassifier | ResidualClassifier, accuracy: float) -> None:
         super().__init__()
         self.model, self.accuracy = model.requires_grad_(False), accuracy
         self.dim, self.num_logits = model.feature_dim, model.num_classes
@@ -99,7 +102,7 @@ class ClassifierExtractor(Extractor):
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 1 or 3, H, W] -> features [B, 64], logits [B, num_classes]."""
+        """uint8 [B, 1 or 3, H, W] -> features [B, dim], logits [B, num_classes]."""
         channels, size = self.model.in_channels, self.model.image_size
         if images.shape[1] != channels:
             # The mean of three equal channels is exact: grey images that became RGB on disk come back.
@@ -146,17 +149,19 @@ def classifier_extractor(
     labels: Tensor,
     cache_dir: str | Path,
     *,
+    recipe: ResidualRecipe | None = None,
     seed: int = 0,
     epochs: int | None = None,
     holdout: float = 0.2,
     device: torch.device | str = "cpu",
 ) -> ClassifierExtractor:
-    """The small classifier of a data set, trained once and kept in `cache_dir`; processes that ask at once train once.
+    """A classifier of a data set, trained once and kept in `cache_dir`; processes that ask at once train once.
 
     Args:
         images: uint8 [N, C, H, W].
         labels: int64 [N], at least two classes.
         cache_dir: Of all caches.
+        recipe: Which network, and how it is trained; None for the small one, which the next three arguments are for.
         seed: See `train_classifier`, as for `epochs` and `holdout`.
         epochs: Passes over the training part.
         holdout: Fraction kept for the accuracy.
@@ -167,16 +172,19 @@ def classifier_extractor(
             "a classifier needs labels of at least two classes; use evaluation=proxy (Inception), or "
             "callbacks.quality=null to train without scores"
         )
-    settings = {"content": digest_of(images, labels), "seed": seed, "epochs": epochs, "holdout": holdout}
-    settings["version"] = _CLASSIFIER
+    small = {"seed": seed, "epochs": epochs, "holdout": holdout, "version": _CLASSIFIER}
+    settings = {"content": digest_of(images, labels), **(recipe.settings() if recipe else small)}
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(cache_dir) / "evaluation" / f"classifier-{key}.safetensors"
     shape = (images.shape[1], images.shape[2], int(labels.max()) + 1)
     with locked(path):
-        if (found := _cached_classifier(path, shape)) is not None:
+        build = recipe.build if recipe else SmallClassifier
+        if (found := _cached_classifier(path, lambda: build(*shape))) is not None:
             return found
-        model, accuracy = train_classifier(
-            images, labels, seed=seed, epochs=epochs, holdout=holdout, device=torch.device(device)
+        model, accuracy = (
+            recipe.train(images, labels, device)
+            if recipe
+            else train_classifier(images, labels, seed=seed, epochs=epochs, holdout=holdout, device=device)
         )
         extractor = ClassifierExtractor(model.cpu(), accuracy)
         meta = {**settings, "accuracy": accuracy, "digest": extractor.digest}
@@ -193,24 +201,27 @@ def _full_precision(device_type: str) -> Iterator[None]:
     switch, name, off = (
         (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
     )
-    matmul, convolutions = torch.get_float32_matmul_precision(), getattr(switch, name)
-    torch.set_float32_matmul_precision("highest")
-    setattr(switch, name, off)
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        setattr(switch, name, convolutions)
-        torch.set_float32_matmul_precision(matmul)
+    with SWITCHES:
+        matmul, convolutions = torch.get_float32_matmul_precision(), getattr(switch, name)
+        torch.set_float32_matmul_precision("highest")
+        setattr(switch, name, off)
+        try:
+            with torch.autocast(device_type, enabled=False):
+                yield
+        finally:
+            setattr(switch, name, convolutions)
+            torch.set_float32_matmul_precision(matmul)
 
 
-def _cached_classifier(path: Path, shape: tuple[int, int, int]) -> ClassifierExtractor | None:
+def _cached_classifier(
+    path: Path, build: Callable[[], SmallClassifier | ResidualClassifier]
+) -> ClassifierExtractor | None:
     """The classifier in a file, or None where there is none, or a damaged one."""
     if not path.exists():
         return None
     try:
         with torch.random.fork_rng(devices=[]):  # its constructor draws weights first
-            model = SmallClassifier(*shape)
+            model = build()
         model.load_state_dict(read_tensors(path))
         return ClassifierExtractor(model, read_meta(path)["accuracy"])
     except (ValueError, KeyError, RuntimeError) as error:

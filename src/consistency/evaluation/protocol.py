@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency.evaluation.ahead import drawn_ahead, in_turn
 from consistency.evaluation.extractors import Extractor, Inception, classifier_extractor, find_inception
 from consistency.evaluation.measure import (
     batches_of_rank,
@@ -21,19 +23,40 @@ from consistency.evaluation.measure import (
     needs_features,
 )
 from consistency.evaluation.references import Reference, compute_reference
+from consistency.evaluation.residual import ResidualRecipe
 from consistency.evaluation.storage import digest_of
 from consistency.models.denoiser import Denoiser
 from consistency.sampling.images import counted, draw_images, labels_of_seed
 
 
-def inception(data: Any, *, weights: str | Path | None = None, cache_dir: str | Path | None = None) -> Extractor:
+def inception(
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Extractor:
     """Inception, whatever the data; see `find_inception` for where its weights come from."""
-    del data, cache_dir
+    del data, cache_dir, device
     return Inception(find_inception(weights))
 
 
-def classifier(data: Any, *, weights: str | Path | None = None, cache_dir: str | Path) -> Extractor:
-    """The small classifier of a data set that is held in memory or in a cache.
+def classifier(
+    data: Any,
+    *,
+    weights: str | Path | None = None,
+    cache_dir: str | Path,
+    device: torch.device | str = "cpu",
+    network: ResidualRecipe | None = None,
+) -> Extractor:
+    """A classifier of a data set that is held in memory or in a cache: the small one, or a residual one.
+
+    Args:
+        data: Data module.
+        weights: None; for Inception alone.
+        cache_dir: Where classifiers are kept.
+        device: Where a residual one is trained; the small one always on the CPU, so that its bits are the same.
+        network: The residual one and how it is trained; None for the small one.
 
     Raises:
         ValueError: if there is no data set, or its images are decoded on the fly; if weights are named.
@@ -47,7 +70,10 @@ def classifier(data: Any, *, weights: str | Path | None = None, cache_dir: str |
             f"a classifier needs the data set, but {what}; use evaluation=full or proxy (Inception), or name data=... "
             "(in training: callbacks.quality=null for no scores)"
         )
-    return classifier_extractor(dataset.images, torch.as_tensor(dataset.labels), cache_dir)
+    labels = torch.as_tensor(dataset.labels)
+    return classifier_extractor(
+        dataset.images, labels, cache_dir, recipe=network, device=device if network is not None else "cpu"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +81,7 @@ class Evaluation:
     """What is measured, with what, on how many samples.
 
     Args:
-        extractor: `(data module or None, weights=, cache_dir=) -> Extractor`: `inception` or `classifier`.
+        extractor: `(data module or None, weights=, cache_dir=, device=) -> Extractor`: `inception` or `classifier`.
         num_samples: Samples of one measurement; 50,000 is what papers report.
         cache_dir: Of references and classifiers.
         weights: File of Inception's weights; None for torch's cache, or a download.
@@ -86,12 +112,13 @@ class Evaluation:
 
         Args:
             data: An `ImageDataModule` after `setup`.
-            device: Where the features of the reference are computed if they are not in the cache.
+            device: Where the features of the reference are computed, and a residual classifier is trained, if they are
+                not in the cache.
         """
         identity = data.identity()
         if identity["sha256"] is None and not isinstance(getattr(data.dataset, "images", None), Tensor):
             raise ValueError("a reference needs the data set in a cache; set data.dataset.cache_dir, or reference=FILE")
-        extractor = self.make_extractor(data)
+        extractor = self.make_extractor(data, device)
         extractor.to(device)
         reference = compute_reference(
             data.images(self.batch_size),
@@ -106,9 +133,9 @@ class Evaluation:
         self.check(extractor, reference)
         return extractor, reference
 
-    def make_extractor(self, data: Any) -> Extractor:
-        """The extractor, on the CPU; `data` is a data module, or None where there is none."""
-        return self.extractor(data, weights=self.weights, cache_dir=self.cache_dir)
+    def make_extractor(self, data: Any, device: torch.device | str = "cpu") -> Extractor:
+        """The extractor, on the CPU; `data` is a data module or None, `device` where it is trained if it must be."""
+        return self.extractor(data, weights=self.weights, cache_dir=self.cache_dir, device=device)
 
     def check(self, extractor: Extractor, reference: Reference, total: int | None = None) -> None:
         """Refuse what cannot be measured, before anything is sampled; see `measure.check`."""
@@ -150,6 +177,7 @@ class Evaluation:
         rank: int = 0,
         world_size: int = 1,
         progress: Callable[[int], None] = lambda count: None,
+        overlap: bool | None = None,
     ) -> dict[str, Any]:
         """Scores of what a sampler draws from a model, and all that makes them comparable: one row of a table.
 
@@ -165,21 +193,30 @@ class Evaluation:
             rank: Of this process.
             world_size: Number of processes.
             progress: Told the number of images of each batch.
+            overlap: Draw the next batches while the extractor works; None for where that helps, on a GPU. The scores
+                are the same.
         """
-        drawn = 0
+        taken, device = 0, extractor.device
+        if overlap is None:  # CUDA graphs belong to the thread that captured them
+            overlap = device.type == "cuda" and not denoiser.in_graphs
+        model: Any = in_turn(denoiser) if overlap else denoiser
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal drawn
             for indices in batches_of_rank(self.num_samples, self.batch_size, rank=rank, world_size=world_size):
                 labels = labels_of_seed(seed, indices.tolist(), denoiser.num_classes)
-                images = draw_images(denoiser, sampler, indices.tolist(), seed=seed, labels=labels)
-                drawn += 1
+                yield draw_images(model, sampler, indices.tolist(), seed=seed, labels=labels), indices
+
+        def told(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal taken
+            for images, indices in batches:
+                taken += 1
                 progress(len(indices))
                 yield images, indices
 
-        with counted(denoiser) as evaluations:
-            scores = self.measure(batches(), extractor, reference)
-        nfe = evaluations() // max(drawn, 1)
+        source = drawn_ahead(batches(), device) if overlap else nullcontext(batches())
+        with counted(denoiser) as evaluations, source as ready:
+            scores = self.measure(told(ready), extractor, reference)
+        nfe = evaluations() // max(taken, 1)
         levels = [float(f"{level:.6g}") for level in sampler.levels(denoiser)]
         drawn_by = {"sampler": repr(sampler), "levels": levels, "nfe": nfe, "seed": seed}
         return {**scores, **drawn_by, **self.about(extractor, reference)}

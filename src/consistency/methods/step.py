@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from consistency.losses.consistency import consistency_loss
-from consistency.ops import append_dims
+from consistency.models.execution import begin_step
+from consistency.ops import append_dims, seed_everywhere, send
 
 
 def draw_batch(method: Any, images: Tensor, labels: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -27,6 +28,7 @@ def draw_batch(method: Any, images: Tensor, labels: Tensor) -> tuple[Any, Tensor
         What `method.draw` gives (sigma, or the pair sigma_lo, sigma_hi; each [B]), noise [B, C, H, W], and labels [B]
         of which the network's `label_dropout` has hidden some (-1).
     """
+    begin_step(method.denoiser)
     progress, count = method.progress, len(images)
     seeds = progress.seeds_of_images(count, method.global_rank)
     step = progress.schedule_step
@@ -37,7 +39,7 @@ def draw_batch(method: Any, images: Tensor, labels: Tensor) -> tuple[Any, Tensor
         return levels, noise, _hide(labels, label_dropout)
     drawn = []
     for image, label, seed in zip(images, labels, seeds, strict=True):
-        torch.manual_seed(seed)
+        seed_everywhere(seed, images.device)
         level, own = method.draw(step, 1, images.device), torch.randn_like(image)
         drawn.append((level, own, _hide(label[None], label_dropout)))
     each_level, each_noise, each_label = zip(*drawn, strict=True)
@@ -52,7 +54,7 @@ def _hide(labels: Tensor, probability: float) -> Tensor:
     """Labels [B], each replaced by -1 with that probability; nothing is drawn where it is 0."""
     if probability == 0:
         return labels
-    return torch.where((torch.rand(len(labels)) < probability).to(labels.device), -1, labels)
+    return torch.where(send(torch.rand(len(labels)) < probability, labels.device), -1, labels)
 
 
 def consistency_step(

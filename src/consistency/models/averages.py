@@ -15,7 +15,7 @@ Module = TypeVar("Module", bound=nn.Module)
 @torch.no_grad()
 def ema_update_(averages: Iterable[Tensor], values: Iterable[Tensor], decay: float) -> None:
     """averages <- decay * averages + (1 - decay) * values, in place (iCT, Eq. 4)."""
-    torch._foreach_lerp_(list(averages), [value.detach() for value in values], 1 - decay)
+    torch._foreach_lerp_(list(averages), list(values), 1 - decay)
 
 
 def frozen_copy(module: Module) -> Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,8 @@ class Denoiser(nn.Module):
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.noise_scale = noise_scale
+        self.autocast_dtype: torch.dtype | None = None  # of the raw network, in sampling; see models.execution
+        self.in_graphs = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -148,7 +151,8 @@ class Denoiser(nn.Module):
             c = consistency_scalings(sigma, sigma_data=self.sigma_data, boundary=self.boundary)
         c_noise = self.noise_scale * sigma.log()
         inputs = (append_dims(c.input, x.ndim) * x, c_noise, labels if self.num_classes else None)
-        raw = self.network(*inputs) if augment_labels is None else self.network(*inputs, augment_labels)
+        with nullcontext() if self.autocast_dtype is None else torch.autocast(x.device.type, self.autocast_dtype):
+            raw = self.network(*inputs, *(() if augment_labels is None else (augment_labels,)))
         return append_dims(c.skip, x.ndim) * x + append_dims(c.out, x.ndim) * raw.float()
 
 

@@ -73,9 +73,10 @@ class Resample(nn.Module):
 
     def __init__(self, filter_taps: tuple[float, ...], *, up: bool) -> None:
         super().__init__()
-        taps = torch.tensor(filter_taps, dtype=torch.float32)
-        kernel = torch.outer(taps, taps) / taps.sum() ** 2
-        self.register_buffer("kernel", kernel * 4 if up else kernel, persistent=False)
+        # Plain numbers: on the `meta` device, where files are checked, products of tensors import the whole compiler.
+        scale = sum(filter_taps) ** 2 / (4 if up else 1)
+        kernel = torch.tensor([[a * b / scale for b in filter_taps] for a in filter_taps], dtype=torch.float32)
+        self.register_buffer("kernel", kernel, persistent=False)
         self.up = up
 
     def forward(self, x: Tensor) -> Tensor:

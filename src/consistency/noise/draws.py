@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from consistency.noise.grids import RHO, SIGMA_MAX, SIGMA_MIN, karras_grid
+from consistency.ops import send
 
 
 class PairDraw(Protocol):
@@ -36,7 +37,7 @@ class LogNormal:
 
     def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
         """sigma [B]."""
-        return torch.exp(self.mean + self.std * torch.randn(batch_size)).to(device)
+        return send(torch.exp(self.mean + self.std * torch.randn(batch_size)), device)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class UniformTime:
         """sigma [B]."""
         first, last = 1 / (1 + self.sigma_max), 1 / (1 + self.sigma_min)
         time = first + (last - first) * torch.rand(batch_size, dtype=torch.float64)
-        return ((1 - time) / time).float().to(device)
+        return send(((1 - time) / time).float(), device)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class GridPairs:
         """(sigma_lo, sigma_hi), each [B]."""
         sigmas = karras_grid(self.num_levels(step), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         n = torch.multinomial(self.index(sigmas), batch_size, replacement=True)
-        sigmas = sigmas.float()
-        return sigmas[n].to(device), sigmas[n + 1].to(device)
+        sigma_lo, sigma_hi = send(sigmas.float()[torch.stack([n, n + 1])], device)
+        return sigma_lo, sigma_hi
 
     def describe(self, step: int) -> dict[str, float]:
         """{"num_levels": N(step)}."""
@@ -151,7 +152,7 @@ class RatioPairs:
     def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(sigma_lo, sigma_hi), each [B]; sigma_lo may be 0."""
         sigma_hi = torch.exp(self.mean + self.std * torch.randn(batch_size))
-        return (sigma_hi * self.ratio(sigma_hi, step)).to(device), sigma_hi.to(device)
+        return send(sigma_hi * self.ratio(sigma_hi, step), device), send(sigma_hi, device)
 
     def describe(self, step: int) -> dict[str, float]:
         """{"stage": stage of this step}."""

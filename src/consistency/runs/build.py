@@ -17,9 +17,9 @@ from consistency.callbacks.memory import AutoAccumulate, fit
 from consistency.callbacks.wandb_logger import WandbLogger
 from consistency.checkpoints.io import load_denoiser
 from consistency.data.module import ImageDataModule, warn_about_sigma_data
-from consistency.methods.compilation import compile_networks
 from consistency.methods.distillation import ConsistencyDistillation
 from consistency.models.denoiser import Denoiser
+from consistency.models.execution import matmul_in_tf32, run_as
 from consistency.runs.slurm import slurm_plugins
 from consistency.runs.tracking import describe_wandb_run
 
@@ -55,7 +55,9 @@ def build_method(cfg: DictConfig, data: ImageDataModule, *, is_new: bool) -> Any
         log.info("the network is that of teacher=%s; network= is not used", cfg.teacher)
     _check_fits(method.denoiser, data, sigma_data=cfg.noise.sigma_data, noise_scale=cfg.noise.noise_scale)
     warn_about_sigma_data(data.sigma_data(), method.denoiser.sigma_data)
-    compile_networks(method, cfg.compile)
+    for network in (method.denoiser, method.target, getattr(method, "teacher", None)):
+        if network is not None:
+            run_as(network, compile=cfg.compile, channels_last=cfg.channels_last)
     method.progress.batch_size = data.batch_size
     return method
 
@@ -106,9 +108,11 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run
     return trainer
 
 
-def fit_quietly(trainer: L.Trainer, method: Any, data: ImageDataModule, checkpoint: Path | None) -> None:
-    """Train, without warnings that are expected."""
-    with warnings.catch_warnings():
+def fit_quietly(
+    trainer: L.Trainer, method: Any, data: ImageDataModule, checkpoint: Path | None, *, tf32: bool = False
+) -> None:
+    """Train, without warnings that are expected; with `tf32`, matrices are multiplied in TF32 meanwhile."""
+    with warnings.catch_warnings(), matmul_in_tf32(tf32):
         for expected in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=expected)
         fit(trainer, method, data, checkpoint)

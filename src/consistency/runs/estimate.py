@@ -17,7 +17,11 @@ from omegaconf import DictConfig
 
 from consistency.callbacks.averaging import TargetEMA, WeightEMA
 from consistency.callbacks.randomness import StepSeeds
+from consistency.methods.distillation import ConsistencyDistillation
+from consistency.methods.edm import EDM
+from consistency.models.flops import flops_of_image
 from consistency.runs.build import build_data, build_method, build_trainer, fit_quietly
+from consistency.sampling.steps import heun_step
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,7 @@ def estimate(cfg: DictConfig, *, steps: int = 20, seconds: float = 60.0) -> dict
         seconds: Measure no longer than this.
 
     Returns:
-        parameters, peak_memory (bytes), images_per_second, hours.
+        parameters, flops (of the whole run), peak_memory (bytes), images_per_second, hours.
     """
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
@@ -69,7 +73,7 @@ def estimate(cfg: DictConfig, *, steps: int = 20, seconds: float = 60.0) -> dict
     clock = Clock(steps, seconds)
     callbacks = [StepSeeds(cfg.seed), *(instantiate(part, _convert_="object") for part in averages), clock]
     trainer = build_trainer(cfg, callbacks, [], None)
-    fit_quietly(trainer, method, data, None)
+    fit_quietly(trainer, method, data, None, tf32=cfg.tf32)
     return _tell(cfg, trainer, method, clock.seconds)
 
 
@@ -83,7 +87,9 @@ def _tell(cfg: DictConfig, trainer: L.Trainer, method: Any, seconds: list[float]
     hours = steps * typical / 3600
     on_gpu = trainer.strategy.root_device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else _peak_of_process()
+    flops = flops_of_image(method.denoiser.config, _passes(method))
     found = {
+        "flops": flops * batch * steps,
         "parameters": sum(parameter.numel() for parameter in method.denoiser.parameters()),
         "peak_memory": peak,
         "images_per_second": batch / typical,
@@ -98,9 +104,18 @@ def _tell(cfg: DictConfig, trainer: L.Trainer, method: Any, seconds: list[float]
         log.info("images/s     %.4g (median of %d steps; %s)", found["images_per_second"], len(seconds), spread)
         parts = trainer.accumulate_grad_batches
         log.info("batch        %d = %d devices x %d micro-batches of %d", batch, devices, parts, micro)
+        log.info("work         %.3g GFLOP an image, %.3g EFLOP in all", flops / 1e9, found["flops"] / 1e18)
         log.info("to the end   %.3g hours for %d steps, %.3g device-hours", hours, steps, hours * devices)
         log.info("not included: sample grids, evaluation, checkpoints, the start; nothing was trained or written")
     return found
+
+
+def _passes(method: Any) -> int:
+    """Forward passes without gradient in a training step: of the target, and of the teacher."""
+    if not isinstance(method, ConsistencyDistillation):
+        return 0 if isinstance(method, EDM) else 1
+    evaluations = 2 if getattr(method.solver, "func", method.solver) is heun_step else 1
+    return 1 + evaluations * (1 if method.guidance == 1 else 2)
 
 
 def _peak_of_process() -> int:

@@ -23,9 +23,9 @@ from consistency.noise.grids import descending
 from consistency.ops import find_device
 from consistency.runs.bar import counting
 from consistency.runs.rundata import data_of
-from consistency.runs.sample import check_sampler
+from consistency.runs.sample import check_sampler, execution_of
+from consistency.runs.workers import ready
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
-from consistency.sampling.views import guided
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,9 @@ def load_subject(cfg: DictConfig) -> Subject:
     """The model of `ckpt`, and the extractor and reference that measure it; all that can be missing is missed here."""
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
     device = find_device(cfg.device)
-    model = guided(denoiser.to(device), cfg.guidance)
     evaluation: Evaluation = instantiate(cfg.evaluation, _convert_="object")
+    batch_size = min(evaluation.batch_size, evaluation.num_samples)
+    model = ready(denoiser, device, guidance=cfg.guidance, batch_size=batch_size, **execution_of(cfg))
     data = data_of(cfg)
     if cfg.reference is None:
         if data is None:
@@ -99,7 +100,7 @@ def load_subject(cfg: DictConfig) -> Subject:
             )
         extractor, reference = evaluation.prepare(data, device)
     else:
-        extractor = evaluation.make_extractor(data)
+        extractor = evaluation.make_extractor(data, device)
         reference = _named_reference(cfg.reference, evaluation, extractor.to(device))
         evaluation.check(extractor, reference)
     return Subject(model, info, evaluation, extractor.to(device), reference)
@@ -112,7 +113,7 @@ def row_of(cfg: DictConfig, subject: Subject, sampler: Any, seed: int) -> dict[s
         row = evaluation.measure_sampler(model, sampler, extractor, reference, seed=seed, progress=advance)
     about = {"ckpt": str(cfg.ckpt), "weights": info.get("weights"), "method": info.get("method")}
     about |= {"guidance": float(cfg.guidance)} if cfg.guidance != 1 else {}
-    return {**row, **about, "images_seen": info.get("images_seen")}
+    return {**row, **about, **execution_of(cfg), "images_seen": info.get("images_seen")}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -164,7 +165,7 @@ def _images_row(cfg: DictConfig) -> dict[str, Any]:
     if cfg.reference is None:
         extractor, reference = evaluation.prepare(data, device)
     else:
-        extractor = evaluation.make_extractor(data)
+        extractor = evaluation.make_extractor(data, device)
         reference = _named_reference(cfg.reference, evaluation, extractor.to(device), images)
     if data is not None and cfg.reference is None and images.shape[1:] != data.image_shape:
         raise _unlike(list(images.shape[1:]), list(data.image_shape))

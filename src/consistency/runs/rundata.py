@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.data.module import ImageDataModule
 from consistency.reading import read_yaml
+
+if TYPE_CHECKING:  # Lightning costs seconds, and images of one's own need no data set
+    from consistency.data.module import ImageDataModule
 
 
 def data_of(cfg: DictConfig) -> ImageDataModule | None:

@@ -20,10 +20,9 @@ from consistency.evaluation.storage import digest_of
 from consistency.ops import find_device
 from consistency.runs.bar import counting
 from consistency.runs.shards import PngShards, RawShards, claimed, finish_npz, finish_pngs, is_finished_npz
-from consistency.runs.workers import Job, draw, draw_on, weights_digest
+from consistency.runs.workers import Job, draw, draw_on, ready, weights_digest
 from consistency.sampling.images import draw_images, labels_of, recorded
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler
-from consistency.sampling.views import guided
 from consistency.validation.commands import ending_of
 
 log = logging.getLogger(__name__)
@@ -36,13 +35,21 @@ def sample(cfg: DictConfig) -> Path:
     sampler = instantiate(cfg.sampler, _convert_="object")
     check_sampler(sampler, info.get("method"), cfg.ckpt)
     if ending_of(cfg.out) in (".png", ".gif"):
-        _draw_picture(cfg, out, guided(denoiser.to(device), cfg.guidance), sampler)
+        batch_size = min(cfg.batch_size, cfg.num_samples)
+        model = ready(denoiser, device, guidance=cfg.guidance, batch_size=batch_size, **execution_of(cfg))
+        _draw_picture(cfg, out, model, sampler)
         done = True
     else:
         done = _draw_files(cfg, out, denoiser, sampler, device)
     log.info("%s%d images (%s, weights %s, seed %d) -> %s", "" if done else "finished already: ", cfg.num_samples,
              info.get("method", "model"), info.get("weights"), cfg.seed, out)  # fmt: skip
     return out
+
+
+def execution_of(cfg: DictConfig) -> dict[str, Any]:
+    """How the network is run; without what is left as it is, which earlier versions did not know."""
+    usual = {"compile": False, "channels_last": False, "dtype": "fp32"}
+    return {name: cfg[name] for name, value in usual.items() if cfg[name] != value}
 
 
 def _draw_picture(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any) -> None:
@@ -63,10 +70,20 @@ def _draw_picture(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any) -> No
 
 def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device: torch.device) -> bool:
     """Single PNGs or an `.npz`, on one device or several, from where the command was stopped; False: nothing to do."""
-    guided(denoiser, cfg.guidance)  # refuses a model that cannot be guided, before anything is begun
     devices = find_devices(cfg.devices, cfg.device, device)
     labels = labels_of(_plain(cfg.labels), cfg.seed, cfg.num_samples, denoiser.num_classes)
-    job = Job(str(cfg.ckpt), cfg.weights, weights_digest(denoiser), cfg.guidance, sampler, cfg.seed, _plain(cfg.labels))
+    job = Job(
+        ckpt=str(cfg.ckpt),
+        weights=cfg.weights,
+        digest=weights_digest(denoiser),
+        guidance=cfg.guidance,
+        sampler=sampler,
+        seed=cfg.seed,
+        labels=_plain(cfg.labels),
+        batch_size=min(cfg.batch_size, cfg.num_samples),
+        execution=execution_of(cfg),
+    )
+    model = job.ready(denoiser, devices[0])  # refuses what this model cannot do, before anything is begun
     settings = _settings(cfg, job, device)
     as_npz = ending_of(cfg.out) == ".npz"
     if as_npz and is_finished_npz(out, settings):
@@ -78,7 +95,7 @@ def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device:
         devices = devices[: max(1, len(batches))]
         with _stoppable(shards, out), counting("sampling", cfg.num_samples, _done(shards, batches)) as told:
             if batches and len(devices) == 1:
-                draw(guided(denoiser.to(devices[0]), cfg.guidance), job, shards, batches, told)
+                draw(model, job, shards, batches, told)
             elif batches:
                 draw_on(devices, job, shards, batches, told)
         if isinstance(shards, RawShards):
@@ -95,7 +112,8 @@ def _settings(cfg: DictConfig, job: Job, device: torch.device) -> dict[str, Any]
         given = f"{len(given)} of them, sha256 {digest_of(torch.tensor(given))[:16]}"
     sampler = OmegaConf.to_container(cfg.sampler, resolve=True)
     own = {name: cfg[name] for name in ("seed", "num_samples", "batch_size", "guidance")}
-    return {**own, "labels": given, "sampler": sampler, "device": device.type, "weights_digest": job.digest[:32]}
+    own |= {"labels": given, "sampler": sampler, "device": device.type, "weights_digest": job.digest[:32]}
+    return own | job.execution
 
 
 def _done(shards: PngShards | RawShards, missing: list[int]) -> int:

@@ -90,7 +90,7 @@ def train(cfg: DictConfig) -> float | None:
 
     started = time.perf_counter()
     try:
-        fit_quietly(trainer, method, data, checkpoint)
+        fit_quietly(trainer, method, data, checkpoint, tf32=cfg.tf32)
     except SIGTERMException:  # Lightning's, before RunCheckpoint listens: in its eyes a success
         if is_first_rank:
             write_status(run_dir, **{**status_of(run_dir), "state": "interrupted"})

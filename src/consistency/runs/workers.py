@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 
 from consistency.checkpoints.io import load_model
 from consistency.evaluation.storage import digest_of
+from consistency.models.execution import run_as
 from consistency.runs.shards import Shards
 from consistency.sampling.images import draw_images, labels_of
-from consistency.sampling.views import guided
+from consistency.sampling.views import guided, in_full_batches
 
 _AHEAD = 2  # batches that a process has: it never waits for the next one
 _SECONDS_TO_END = 5.0
@@ -40,6 +41,8 @@ class Job:
         sampler: A `ConsistencySampler` or `OdeSampler`.
         seed: Of all images.
         labels: As `labels_of` takes them.
+        batch_size: Images at a time; of a compiled network all batches are that large.
+        execution: How the network is run; see `ready`.
     """
 
     ckpt: str
@@ -49,13 +52,44 @@ class Job:
     sampler: Any
     seed: int
     labels: Any
+    batch_size: int = 1
+    execution: dict[str, Any] = field(default_factory=dict)
 
     def model(self, device: torch.device) -> Any:
-        """The denoiser, guided, on its device."""
+        """The denoiser, ready to draw on its device."""
         denoiser, _ = load_model(self.ckpt, self.weights)
         if weights_digest(denoiser) != self.digest:
             raise ValueError(f"{self.ckpt} changed while it was read; the same command draws from the new weights")
-        return guided(denoiser.to(device), self.guidance)
+        return self.ready(denoiser, device)
+
+    def ready(self, denoiser: Any, device: torch.device) -> Any:
+        """`ready` with the settings of the job."""
+        return ready(denoiser, device, guidance=self.guidance, batch_size=self.batch_size, **self.execution)
+
+
+def ready(
+    denoiser: Any,
+    device: torch.device,
+    *,
+    guidance: float,
+    batch_size: int,
+    compile: bool | str = False,
+    channels_last: bool = False,
+    dtype: str = "fp32",
+) -> Any:
+    """A denoiser that was just read: on its device, run as asked, guided.
+
+    Args:
+        denoiser: Changed in place.
+        device: Where it will run.
+        guidance: Weight; 1 is none.
+        batch_size: Images at a time.
+        compile: See `run_as`, as for `channels_last`.
+        dtype: Its precision; the option cannot have that name, it is a group of configurations.
+    """
+    run_as(denoiser.to(device), compile=compile, channels_last=channels_last, precision=dtype)
+    model: Any = denoiser if compile is False else in_full_batches(denoiser, batch_size)
+    return guided(model, guidance)
 
 
 def weights_digest(denoiser: Any) -> str:

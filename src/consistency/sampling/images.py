@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
-from consistency.ops import derive_seed, image_seeds, randn_of_seeds, to_uint8
+from consistency.ops import derive_seed, image_seeds, randn_of_seeds, send, to_uint8
 from consistency.sampling.views import View
 
 
@@ -64,7 +64,7 @@ def draw_images(
     # EDM integrates in float64; MPS has none.
     state = torch.empty(0, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     randn_like = randn_of_seeds(image_seeds(seed, indices), denoiser.image_shape)
-    labels = None if labels is None else labels.to(device)
+    labels = None if labels is None else send(labels, device)
     return to_uint8(sampler(denoiser, randn_like(state), labels, randn_like))
 
 

@@ -30,6 +30,7 @@ def validate_sample(cfg: DictConfig) -> None:
     count, is_count = cfg.devices, isinstance(cfg.devices, int) and not isinstance(cfg.devices, bool)
     require(count == "auto" or (is_count and count >= 1), "devices", count, "auto, or an integer, at least 1")
     require(isinstance(cfg.trajectory, bool), "trajectory", cfg.trajectory, "true or false")
+    _require_execution(cfg)
     _check_out_of_samples(cfg)
 
 
@@ -100,6 +101,7 @@ def validate_evaluate(cfg: DictConfig) -> None:
     for option in (*subjects, *(["reference"] if cfg.reference is not None else [])):
         require(Path(str(cfg[option])).exists(), option, cfg[option], "a file or folder that exists")
     _require_guidance(cfg)
+    _require_execution(cfg)
     seeds = cfg.seeds
     is_list = isinstance(seeds, ListConfig) and len(seeds) > 0 and all(isinstance(s, int) and s >= 0 for s in seeds)
     require(is_list and len(set(seeds)) == len(seeds), "seeds", seeds, "a list of different integers, e.g. [0,1,2]")
@@ -188,6 +190,15 @@ def validate_export(cfg: DictConfig) -> None:
     for option in ("ckpt", "out"):
         require(isinstance(cfg[option], str) and cfg[option] != "", option, repr(cfg[option]), "a name")
     require_integer(cfg, "num_levels", 2)
+
+
+def _require_execution(cfg: DictConfig) -> None:
+    """How the network is run; backends are looked up when torch is there."""
+    names = "true, false, a mode such as reduce-overhead, or the name of a backend of torch.compile"
+    require(isinstance(cfg.compile, bool) or (isinstance(cfg.compile, str) and cfg.compile != ""), "compile",
+            cfg.compile, names)  # fmt: skip
+    require(isinstance(cfg.channels_last, bool), "channels_last", cfg.channels_last, "true or false")
+    require(cfg.dtype in ("fp32", "bf16", "fp16"), "dtype", cfg.dtype, "fp32, bf16 or fp16")
 
 
 def _require_guidance(cfg: DictConfig) -> None:

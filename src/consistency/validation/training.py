@@ -63,7 +63,7 @@ def _validate_values(cfg: DictConfig) -> None:
     for option in ("run_name", "study_name"):
         name = cfg[option]
         require(is_name(name), option, repr(name), "letters, digits and . , = + - _ (a folder in outputs/)")
-    for option in ("overwrite", "estimate"):
+    for option in ("overwrite", "estimate", "channels_last", "tf32"):
         require(isinstance(cfg[option], bool), option, cfg[option], "true or false")
     backend = cfg.compile
     is_backend = isinstance(backend, bool | str) and backend != ""
@@ -74,6 +74,7 @@ def _validate_values(cfg: DictConfig) -> None:
     require_integer(cfg, "seed", 0, 2**32 - 1)
     require_integer(cfg, "trainer.max_steps", 1)
     if cfg.optimizer.get("fused"):
+        require(not cfg.optimizer.get("foreach"), "optimizer.foreach", True, "false with optimizer.fused=true")
         half, clip = cfg.trainer.get("precision") in ("16-mixed", "16", 16), cfg.trainer.get("gradient_clip_val")
         allowed = "false or left out with precision=fp16 and with gradient clipping, which it would pass by"
         require(not half and clip is None, "optimizer.fused", True, allowed)
