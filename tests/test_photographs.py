@@ -12,8 +12,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from consistency import config
-from consistency.models.denoiser import Denoiser
-from consistency.models.unet import UNet
 from consistency.validation import training
 
 
@@ -111,15 +109,7 @@ def test_commands_compose(script, machine, method, data):
     assert images[0] == images[1]
 
 
-def test_operations_are_counted(script):
-    network = UNet(image_size=8, in_channels=3, channels=8, channel_mult=[1], num_blocks=1, attention_resolutions=[8])
-    denoiser = Denoiser(network, sigma_data=0.5)
-    first, second = (script.flops_of_an_image(denoiser, extra) for extra in (0, 1))
-    forward = second - first
-    convolutions = 2 * 64 * 9 * (3 * 8 + 8 * 3)  # the first and the last of the network alone
-    assert forward > convolutions
-    assert 2.5 * forward < first < 3 * forward  # backward: twice the forward, less the first layer's
-    assert all(parameter.grad is None for parameter in denoiser.parameters())
+def test_peak_is_a_rate(script):
     assert script.peak_flops(torch.device("cpu"), torch.float32, 128) > 1e7
 
 

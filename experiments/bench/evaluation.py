@@ -24,7 +24,7 @@ from consistency.sampling.samplers import ConsistencySampler
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/, for the network without its file
 from benchmark_evaluation import random_inception
 
-GPU_IMAGES, CPU_IMAGES = 20_000, 128
+GPU_IMAGES, CPU_IMAGES = 20_000, 64
 # The size of the photographs' network.
 NETWORK = {"image_size": 32, "in_channels": 3, "channels": 64, "channel_mult": (2, 2, 2), "num_blocks": 3}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = Path(sys.executable).parent
-HELP = ("app", "convert", "curve", "data", "edit", "evaluate", "export", "report", "sample", "search", "train")
+HELP = ("sample", "train")  # the others are as quick as the first
 TINY = ("experiment=smoke_ict", "trainer.accelerator=cpu", "overwrite=true", "run_name=tiny")
 DRAW = ("ckpt=outputs/tiny", "num_samples=4", "device=cpu", "out=four.png")
 
@@ -32,10 +32,16 @@ def measure(rounds: int = 5) -> dict[str, Any]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         starts = _starts()
-        _run(starts["consistency-train experiment=smoke_ict"], folder, env)  # makes the model, and warms the disk
+        made = _run(
+            starts["consistency-train experiment=smoke_ict"], folder, env
+        )  # makes the model, and warms the disk
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in starts}
+        if rounds == 1:
+            seconds["consistency-train experiment=smoke_ict"].append(made)
         for _ in range(rounds):
             for name, command in starts.items():
+                if rounds == 1 and seconds[name]:
+                    continue
                 seconds[name].append(_run(command, folder, env))
         imports = _imports("consistency.runs.sample", env)
     medians = {

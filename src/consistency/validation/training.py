@@ -91,6 +91,9 @@ def _validate_values(cfg: DictConfig) -> None:
         require(is_count, "trainer.accumulate_grad_batches", parts, "an integer, at least 1, or auto")
         allowed = f"a multiple of trainer.accumulate_grad_batches={parts}"
         require(cfg.data.batch_size % parts == 0, "data.batch_size", cfg.data.batch_size, allowed)
+    if cfg.compile in ("reduce-overhead", "max-autotune"):  # gradients of a replay lie where the next one puts its own
+        allowed = f"1 with compile={cfg.compile}, or compile=true"
+        require(parts == 1, "trainer.accumulate_grad_batches", parts, allowed)
     noise = ("sigma_min", "sigma_max", "rho", "sigma_data", "noise_scale")
     for option in ("optimizer.lr", *(f"noise.{name}" for name in noise)):
         require_positive(cfg, option)
