@@ -106,3 +106,15 @@ def test_in_place_and_copies_are_eager(make_denoiser):
 def test_refuses_an_unknown_backend(make_denoiser):
     with pytest.raises(ValueError, match=r"compile is fast; allowed: true, false, reduce-overhead, .*inductor"):
         run_as(make_denoiser(), compile="fast")
+
+
+@pytest.mark.parametrize(("first", "then"), [("true", "false"), ("false", "true")])
+def test_moments_follow_the_memory_order_of_their_weights(tmp_path, first, then):
+    """Fused optimizers go through memory as it lies: moments in another order would fall on the wrong weights."""
+    common = ["optimizer=adamw", "+optimizer.fused=true", "optimizer.lr=0.01", "network.channels=16"]
+    straight = run(tmp_path, "straight", *common, f"channels_last={first}")
+    crash(tmp_path, "run", *common, f"channels_last={first}")
+    end = run(tmp_path, "run", *common, f"channels_last={then}")
+    for key, value in straight["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(end["state_dict"][key], value, rtol=1e-3, atol=1e-4)

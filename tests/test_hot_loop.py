@@ -21,6 +21,17 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 ON_CPU_ONLY = ("unet.py:_embed",)  # F.one_hot looks at its labels on a CPU, not on CUDA
 
 
+def ours():
+    """Who of ours is at work, "file:function"; None where it is not for us to say."""
+    frames = [(frame.filename, frame.name) for frame in traceback.extract_stack()]
+    who = max((number for number, (file, _) in enumerate(frames) if file.startswith(OURS)), default=-1)
+    # Optimizers count their steps on the CPU; what they call back (the whole step is their closure) is ours.
+    of_optimizer = any("torch/optim" in file for file, _ in frames[who + 1 :])
+    place = f"{Path(frames[who][0]).name}:{frames[who][1]}"
+    allowed = who < 0 or of_optimizer or "/noise/" in frames[who][0] or place in ON_CPU_ONLY
+    return None if allowed else place
+
+
 class Reads(TorchDispatchMode):
     """Notes who of ours turns a tensor into numbers; levels and grids are made on the CPU and may."""
 
@@ -29,14 +40,8 @@ class Reads(TorchDispatchMode):
         self.places = places
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name.removeprefix("aten::") in READS:
-            files = [frame.filename for frame in traceback.extract_stack()]
-            who = max((number for number, file in enumerate(files) if file.startswith(OURS)), default=-1)
-            # Optimizers count their steps on the CPU; what they call back (the whole step is their closure) is ours.
-            of_optimizer = any("torch/optim" in file for file in files[who + 1 :])
-            place = f"{Path(files[who]).name}:{traceback.extract_stack()[who].name}"
-            if who >= 0 and not of_optimizer and "/noise/" not in files[who] and place not in ON_CPU_ONLY:
-                self.places.append(place)
+        if func._schema.name.removeprefix("aten::") in READS and (place := ours()):
+            self.places.append(place)
         return func(*args, **(kwargs or {}))
 
 
@@ -47,7 +52,7 @@ class HotLoop(Callback):
         self.enter, self.leave, self.inside = enter, leave, False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if pl_module.progress.step % 3 != 2:  # rows are written after steps 3 and 6
+        if pl_module.progress.step in (0, 1, 3, 4):  # rows are written after steps 3, 6 and 7, the last
             self.enter()
             self.inside = True
 
@@ -74,11 +79,28 @@ def places_of(folder, *overrides):
     places, modes = [], []
 
     def enter():
-        modes.append(Reads(places))
-        modes[-1].__enter__()
+        patch = pytest.MonkeyPatch()
+        for name in ("tolist", "cpu", "numpy"):  # on a CPU they call no operator
+            patch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name), places))
+        modes.append((Reads(places), patch))
+        modes[-1][0].__enter__()
 
-    train(folder, enter, lambda: modes.pop().__exit__(None, None, None), *overrides)
+    def leave():
+        mode, patch = modes.pop()
+        mode.__exit__(None, None, None)
+        patch.undo()
+
+    train(folder, enter, leave, *overrides)
     return places
+
+
+def noted(method, places):
+    def call(self, *args, **kwargs):
+        if place := ours():
+            places.append(place)
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 RECIPES = {
@@ -98,7 +120,7 @@ def test_nothing_is_read_between_rows(tmp_path, recipe):
 def test_skipping_a_step_reads_one_number_and_no_other(tmp_path):
     places = places_of(tmp_path, "experiment=smoke_ict")
     assert set(places) == {"alarms.py:on_before_optimizer_step"}
-    assert len(places) == 5  # steps 1, 2, 4, 5, 7
+    assert len(places) == 4  # steps 1, 2, 4, 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -5,12 +5,13 @@ The extractor is torch-fidelity's Inception with random weights: time does not d
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import seconds_of
+from timing import in_turns
 from torch import Tensor, nn
 
 from consistency.evaluation.extractors import Extractor, extract
@@ -24,7 +25,7 @@ from consistency.sampling.samplers import ConsistencySampler
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/, for the network without its file
 from benchmark_evaluation import random_inception
 
-GPU_IMAGES, CPU_IMAGES = 20_000, 64
+GPU_IMAGES, CPU_IMAGES = 20_000, 32
 # The size of the photographs' network.
 NETWORK = {"image_size": 32, "in_channels": 3, "channels": 64, "channel_mult": (2, 2, 2), "num_blocks": 3}
 
@@ -54,7 +55,7 @@ def measure(device: torch.device, images: int | None = None, batch: int | None =
         batch: Images at a time.
     """
     on_gpu = device.type == "cuda"
-    total, batch = images or (GPU_IMAGES if on_gpu else CPU_IMAGES), batch or (250 if on_gpu else 32)
+    total, batch = images or (GPU_IMAGES if on_gpu else CPU_IMAGES), batch or (250 if on_gpu else 16)
     torch.manual_seed(0)
     denoiser = Denoiser(UNet(**NETWORK)).to(device).eval()  # type: ignore[arg-type]
     extractor, sampler = RandomInception().to(device), ConsistencySampler()
@@ -76,9 +77,8 @@ def measure(device: torch.device, images: int | None = None, batch: int | None =
     sides = {"sampling": sample, "features": features, "both": lambda: _measured(protocol, denoiser)}
     if on_gpu:
         sides["both, one after the other"] = lambda: _measured(protocol, denoiser, overlap=False)
-    draw_images(denoiser, sampler, range(batch), seed=0)  # warm
-    seconds = {name: seconds_of(run, device) for name, run in sides.items()}
-    rates = {name: total / spent for name, spent in seconds.items()}
+    seconds = in_turns(sides, device, rounds=5 if on_gpu else 1)
+    rates = {name: total / statistics.median(spent) for name, spent in seconds.items()}
     slower = min(rates["sampling"], rates["features"])
     return {"images": total, "batch": batch, "images_per_second": rates, "share_of_the_slower": rates["both"] / slower}
 

@@ -136,7 +136,9 @@ class Bench:
             ema_update_(averages, self.weights, 0.999)
 
     def counted(self) -> dict[str, float]:
-        """FLOPs (a multiplication and an addition are two) and bytes of a step, by counting them."""
+        """FLOPs (a multiplication and an addition are two) and bytes of a step without compiler, by counting them."""
+        if self.cfg.compile is not False:
+            return Bench([*self.recipe, "compile=false"], self.device).counted()
         self.bare_step()
         flops, moved = FlopCounterMode(display=False), BytesCounter()
         with flops:
@@ -152,6 +154,8 @@ class Bench:
         context = self.trainer.precision_plugin.train_step_context
 
         def student() -> None:
+            for parameter in self.weights:
+                parameter.grad = None
             with context():
                 out = denoiser(images, sigma, labels)
             out.square().mean().backward()
@@ -234,12 +238,19 @@ def measure(overrides: list[str], device: torch.device, *, rounds: int = 9, step
         "batch": bench.cfg.data.batch_size,
         "counted": counted,
         "rates": rates,
+        "peak": rates[matmul_of(bench.cfg, rates)],
         "parts": {name: spread(seconds) for name, seconds in parts.items()},
         "loops": {name: spread(seconds) for name, seconds in loops.items()},
         "lightning_over_bare": fraction,
         "images_per_second": bench.cfg.data.batch_size / step,
-        "share_of_peak": counted["flops"] / step / max(rate for key, rate in rates.items() if "matmul" in key),
+        "share_of_peak": counted["flops"] / step / rates[matmul_of(bench.cfg, rates)],
     }
+
+
+def matmul_of(cfg: DictConfig, rates: dict[str, float]) -> str:
+    """The rate that a recipe's precision can reach."""
+    half = "bfloat16" if str(cfg.trainer.precision).startswith(("bf16", "16")) else "float32"
+    return f"matmul_{half}" if f"matmul_{half}" in rates else "matmul_float32"
 
 
 def _accelerator(device: torch.device) -> str:

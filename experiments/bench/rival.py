@@ -1,7 +1,8 @@
 """A training step next to that of diffusers' UNet2DModel with the same weights: same layers, size and FLOPs.
 
 Both do denoising score matching on one batch: noise, forward, mean squared error, backward, AdamW, an average of the
-weights. Theirs as its users run it: float32, eager, `EMAModel`; ours plain, and with speed=cpu or speed=gpu.
+weights. Theirs as its users run it: float32, eager, `EMAModel`; ours plain, and with speed=cpu or speed=gpu. Beside it
+the network alone, forward and backward, at equal precision and with the same help from the compiler.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def same_networks(config: dict[str, Any], device: torch.device) -> tuple[Denoise
     return denoiser.to(device).train(), theirs.to(device).train()
 
 
-def our_step(denoiser: Denoiser, images: Tensor, noise: Tensor, *, dtype: torch.dtype | None, fused: bool) -> Any:
-    """A step of ours on the raw network; `dtype` is that of autocast."""
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=fused)
+def our_step(
+    denoiser: Denoiser, images: Tensor, noise: Tensor, *, dtype: torch.dtype | None = None, foreach: bool | None = None
+) -> Any:
+    """A step of ours on the raw network; `dtype` is that of autocast, `foreach` the option of speed=cpu."""
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, foreach=foreach)
     averages = [parameter.detach().clone() for parameter in denoiser.parameters()]
     network = denoiser.network
-    if next(network.stem.parameters()).is_contiguous(memory_format=torch.channels_last):
-        images, noise = (x.contiguous(memory_format=torch.channels_last) for x in (images, noise))
     c_noise = images.new_zeros(len(images))
 
     def step() -> None:
@@ -82,6 +83,17 @@ def their_step(network: Any, images: Tensor, noise: Tensor) -> Any:
     return step
 
 
+def network_alone(run: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Callable[[], None]:
+    """Forward and backward, without optimizer and average."""
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        run().float().square().mean().backward()
+
+    return step
+
+
 def measure(
     config: dict[str, Any], device: torch.device, *, batch: int, rounds: int = 9, compiled: bool = True
 ) -> dict[str, Any]:
@@ -99,25 +111,45 @@ def measure(
         ours, theirs = same_networks(config, device)
     generator = torch.Generator().manual_seed(0)
     images, noise = (torch.randn(batch, *ours.image_shape, generator=generator).to(device) for _ in range(2))
+    zeros = images.new_zeros(batch)
     with torch.no_grad():
-        zeros = images.new_zeros(batch)
         difference = (ours.network(images, zeros) - theirs(images, zeros).sample).abs().max().item()
     half = torch.bfloat16 if device.type == "cuda" else None
     make = partial(our_step, images=images, noise=noise)
     sides: dict[str, Callable[[], Any]] = {DIFFUSERS: their_step(theirs, images, noise)}
-    sides[PLAIN] = make(copy.deepcopy(ours), dtype=None, fused=False)
-    variants: dict[str, dict[str, Any]] = {"ours, channels_last": {"channels_last": True}}
+    sides[PLAIN] = make(copy.deepcopy(ours))
+    cl, compiles = copy.deepcopy(ours), {"channels_last": True, "compile": True}
+    run_as(cl, channels_last=True)
+    sides["ours, channels_last"] = make(cl)
+    alone: dict[str, Callable[[], Tensor]] = {
+        "diffusers, network alone": lambda: theirs(images, zeros).sample,
+        "ours, network alone": lambda: ours.network(images, zeros),
+    }
     if compiled:
-        variants["ours, speed=gpu" if half else "ours, speed=cpu"] = {"channels_last": True, "compile": True}
-    for name, options in variants.items():
-        fast = copy.deepcopy(ours)
-        run_as(fast, **options)
-        sides[name] = make(fast, dtype=half, fused=True)
+        fast, rival = copy.deepcopy(ours), copy.deepcopy(theirs)
+        run_as(fast, **compiles)
+        sides["ours, speed=gpu (bf16)" if half else "ours, speed=cpu"] = make(
+            fast, dtype=half, foreach=not half or None
+        )
+        rival.compile()
+        alone["diffusers, network alone, compiled"] = lambda: rival(images, zeros).sample
+        alone["ours, network alone, compiled"] = lambda: fast.network(images, zeros)
+    owners = {"ours": ours, "diff": theirs}
+    for name, run in alone.items():
+        owner = (fast if "ours" in name else rival) if "compiled" in name else owners[name[:4]]
+        sides[name] = network_alone(run, list(owner.parameters()))
     seconds = in_turns(sides, device, rounds=rounds)
     return {
         "parameters": sum(parameter.numel() for parameter in theirs.parameters()),
         "batch": batch,
         "largest_difference": difference,
         "step": {name: spread(values) for name, values in seconds.items()},
-        "times_as_fast": {name: ratio(seconds[DIFFUSERS], seconds[name]) for name in sides if name != DIFFUSERS},
+        "times_as_fast": {
+            name: ratio(seconds[_rival_of(name)], seconds[name]) for name in sides if not name.startswith("diffusers")
+        },
     }
+
+
+def _rival_of(name: str) -> str:
+    """What a side of ours is compared with."""
+    return name.replace("ours", "diffusers") if "alone" in name else DIFFUSERS

@@ -118,7 +118,9 @@ def run_name(choices: DictConfig, overrides: Sequence[str]) -> str:
     changing = sorted(
         override
         for override in overrides
-        if (key := override.lstrip("+~").split("=")[0]) not in named and not is_neutral(key)
+        if (key := override.lstrip("+~").split("=")[0]) not in named
+        and not is_neutral(key)
+        and override != "speed=cpu"  # made of such settings alone; gpu is not, it changes the precision
     )
     digest = f"-{hashlib.sha256(' '.join(changing).encode()).hexdigest()[:6]}" if changing else ""
     return f"{base}{digest}{'-seed' + given['seed'] if 'seed' in given else ''}"

@@ -91,7 +91,20 @@ def test_without_waiting_bad_entries_become_zero_and_the_step_counts(make_method
     assert all(x.isfinite().all() for part in ("online", "moments") for x in getattr(watch.seen[-1], part))
     assert [row["nonfinite_steps"] for _, row in log.rows] == [1, 2]
     assert alarm.state_dict() == {"count": 2, "in_a_row": 0}
-    assert [record.args for record in ours(caplog)] == [(1, 2, 1), (1, 4, 2)]
+    assert [record.args[:3] for record in ours(caplog)] == [(1, 2, 1), (1, 4, 2)]
+
+
+def test_without_waiting_a_checkpoint_hides_no_warning_and_a_good_step_ends_it(make_method, train, tmp_path, caplog):
+    alarm = NonFinite(str(tmp_path), patience=3, wait=False)
+
+    class Save(Callback):
+        def on_train_batch_end(self, *_):
+            alarm.state_dict()
+
+    # Bad steps 2 to 4, found by the row of step 4; step 5 is good.
+    train(make_method(), steps=8, callbacks=[Save(), Spoil(1, 2, 3), TrainingLog(4), alarm])
+    assert [record.args[:3] for record in ours(caplog)] == [(3, 4, 3)]
+    assert alarm.state_dict() == {"count": 3, "in_a_row": 0}
 
 
 def test_without_waiting_it_stops_after_the_row_that_finds_too_many(make_method, train, tmp_path):

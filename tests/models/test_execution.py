@@ -68,9 +68,9 @@ def test_autocast_is_around_the_network_alone(make_denoiser):
 
 
 def test_refuses_what_does_not_exist(make_denoiser):
-    with pytest.raises(ValueError, match="precision is int8; allowed: fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="dtype is int8; allowed: fp32, bf16, fp16"):
         run_as(make_denoiser(), precision="int8")
-    with pytest.raises(ValueError, match="precision is fp16 on a CPU"):
+    with pytest.raises(ValueError, match="dtype is fp16 on a CPU"):
         run_as(make_denoiser(), precision="fp16")
 
 

@@ -57,8 +57,9 @@ class NonFinite(Callback):
             before = self.count
             self.count, self.in_a_row = self._on_device.tolist()
             if self.count > before and pl_module.trainer.is_global_zero:
-                what = "gradients were not finite in %d steps before step %d (%d so far); such entries were taken as 0"
-                log.warning(what, self.count - before, pl_module.progress.step, self.count)
+                done = "the scaler skipped them" if _scaler_of(pl_module.trainer) else "such entries were taken as 0"
+                what = "gradients were not finite in %d steps up to step %d (%d so far); %s"
+                log.warning(what, self.count - before, pl_module.progress.step, self.count, done)
         return {"nonfinite_steps": self.count}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -88,7 +89,7 @@ class NonFinite(Callback):
             log.warning(what, pl_module.progress.step + 1, self.count, self.in_a_row)
         if self.in_a_row >= self.patience:
             self._norms = _norms(pl_module)
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
+        if _scaler_of(trainer) is None:
             for parameter in parameters:
                 parameter.grad = None  # what has no gradient is left alone by every optimizer, its moments too
 
@@ -108,9 +109,10 @@ class NonFinite(Callback):
             self._on_device = send(torch.tensor([self.count, self.in_a_row]), is_bad.device)
         count, in_a_row = self._on_device
         self._on_device = torch.stack([count + is_bad, (in_a_row + 1) * is_bad])
-        if self.in_a_row >= self.patience:  # as the last row found it
-            self._norms = _norms(pl_module)
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
+        if self.in_a_row >= self.patience:  # as the last row found it; this step may have ended it
+            self.in_a_row = int(self._on_device[1])
+            self._norms = _norms(pl_module) if self.in_a_row >= self.patience else None
+        if _scaler_of(trainer) is None:
             for gradient in gradients:
                 torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -153,13 +155,17 @@ class NonFinite(Callback):
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
-        if self._on_device is not None:
-            self.count, self.in_a_row = self._on_device.tolist()
-        return {"count": self.count, "in_a_row": self.in_a_row}
+        count, in_a_row = (self.count, self.in_a_row) if self._on_device is None else self._on_device.tolist()
+        return {"count": count, "in_a_row": in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore them."""
         self.count, self.in_a_row, self._on_device = state_dict["count"], state_dict["in_a_row"], None
+
+
+def _scaler_of(trainer: L.Trainer) -> Any:
+    """The loss scaler of fp16, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _norms(pl_module: Any) -> dict[str, float]:

@@ -105,7 +105,10 @@ class WeightEMA(Callback):
                         "callbacks.weight_ema.decays and half_lives to those, or start another run with run_name="
                     )
                 self.averages[name] = {key: value.detach().clone() for key, value in parameters.items()}
-            self.averages[name] = {key: value.to(parameters[key].device) for key, value in self.averages[name].items()}
+            self.averages[name] = {
+                key: torch.empty_like(parameters[key], requires_grad=False).copy_(value)  # its device and memory order
+                for key, value in self.averages[name].items()
+            }
         self._values = list(parameters.values())  # finding them takes longer than averaging them
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -144,7 +144,8 @@ def _advice(trainer: L.Trainer, method: Any, data: Any, what: str) -> str:
             f"{start}, though a training step of its own fits: another program is on the device, or it was sampling or "
             "evaluation; lower callbacks.sample_grid.num_samples or the batch_size of evaluation"
         )
+    auto = "=auto and compile=true" if method.denoiser.in_graphs else "=auto"
     return (
-        f"{start}, {data.batch_size // ranks // enough} fit; set trainer.accumulate_grad_batches={enough} or =auto "
+        f"{start}, {data.batch_size // ranks // enough} fit; set trainer.accumulate_grad_batches={enough} or {auto} "
         f"(data.batch_size={data.batch_size} stays), or a smaller data.batch_size"
     )

@@ -96,10 +96,14 @@ class ResidualRecipe:
     def __post_init__(self) -> None:
         for option, least in (("width", 1), ("epochs", 1), ("batch_size", 2), ("pad", 0)):
             value = getattr(self, option)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(
                     f"evaluation.extractor.network.{option} must be an integer, at least {least}, got {value}"
                 )
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"evaluation.extractor.network.lr must be a positive number, got {self.lr}")
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"evaluation.extractor.network.flip must be true or false, got {self.flip}")
         if not 0 < self.holdout < 1:
             raise ValueError(f"evaluation.extractor.network.holdout must be above 0 and below 1, got {self.holdout}")
 
@@ -125,6 +129,12 @@ class ResidualRecipe:
             device: Where to train; all images are put there.
         """
         device = torch.device(device)
+        if self.pad >= images.shape[-1]:
+            raise ValueError(
+                f"evaluation.extractor.network.pad must be below the images' {images.shape[-1]} pixels, got {self.pad}"
+            )
+        if not 1 <= round(self.holdout * len(images)) <= len(images) - 2:
+            raise ValueError(f"{len(images)} images are too few for a classifier; use evaluation=proxy (Inception)")
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(self.seed)
             order = torch.randperm(len(images))

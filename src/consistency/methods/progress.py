@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -123,6 +124,9 @@ def configure_optimizer(
 def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Mapping[str, Any]) -> None:
     """Give an optimizer whose state was loaded the options of now: a state holds those that it was saved with.
 
+    Moments get the memory order of their weights, which `channels_last` may have changed in between: fused optimizers
+    go through memory as it lies.
+
     Args:
         optimizer: After loading.
         schedules: Its learning rate schedules; they keep their place.
@@ -137,6 +141,13 @@ def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Mapping
                     group["initial_lr"] = value
             elif name in group:
                 group[name] = tuple(value) if isinstance(group[name], tuple) else value
+        if "foreach" in group:
+            group["foreach"] = options.get("foreach")
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     for schedule in schedules:
         if "lr" in options:
             schedule.base_lrs = [options["lr"]] * len(schedule.base_lrs)

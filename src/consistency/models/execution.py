@@ -32,9 +32,9 @@ def run_as(
         ValueError: if there is no such backend, mode or precision.
     """
     if precision not in DTYPES:
-        raise ValueError(f"precision is {precision}; allowed: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {precision}; allowed: {', '.join(DTYPES)}")
     if precision == "fp16" and next(denoiser.parameters()).device.type == "cpu":
-        raise ValueError("precision is fp16 on a CPU; allowed there: fp32 or bf16")
+        raise ValueError("dtype is fp16 on a CPU; allowed there: fp32 or bf16")
     denoiser.autocast_dtype = DTYPES[precision]
     if channels_last:
         denoiser.network.to(memory_format=torch.channels_last)

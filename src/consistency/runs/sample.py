@@ -23,6 +23,7 @@ from consistency.runs.shards import PngShards, RawShards, claimed, finish_npz, f
 from consistency.runs.workers import Job, draw, draw_on, ready, weights_digest
 from consistency.sampling.images import draw_images, labels_of, recorded
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler
+from consistency.sampling.views import guided
 from consistency.validation.commands import ending_of
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device:
         batch_size=min(cfg.batch_size, cfg.num_samples),
         execution=execution_of(cfg),
     )
-    model = job.ready(denoiser, devices[0])  # refuses what this model cannot do, before anything is begun
+    guided(denoiser, cfg.guidance)  # refuses what this model cannot do, before anything is begun
     settings = _settings(cfg, job, device)
     as_npz = ending_of(cfg.out) == ".npz"
     if as_npz and is_finished_npz(out, settings):
@@ -95,7 +96,7 @@ def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device:
         devices = devices[: max(1, len(batches))]
         with _stoppable(shards, out), counting("sampling", cfg.num_samples, _done(shards, batches)) as told:
             if batches and len(devices) == 1:
-                draw(model, job, shards, batches, told)
+                draw(job.ready(denoiser, devices[0]), job, shards, batches, told)
             elif batches:
                 draw_on(devices, job, shards, batches, told)
         if isinstance(shards, RawShards):

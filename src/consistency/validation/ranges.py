@@ -57,6 +57,7 @@ _RULES: dict[str, Rule] = {
     "callbacks.checkpoint.every_n_steps": _COUNT,
     "callbacks.log.every_n_steps": _COUNT,
     "callbacks.nonfinite.patience": _COUNT,
+    "callbacks.nonfinite.wait": (lambda value: isinstance(value, bool), "true or false"),
     "callbacks.collapse.num_images": _COUNT,
     "network.channels": (
         lambda value: type(value) is int and 1 <= value <= MAX_CHANNELS,

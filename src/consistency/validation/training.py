@@ -67,7 +67,10 @@ def _validate_values(cfg: DictConfig) -> None:
         require(isinstance(cfg[option], bool), option, cfg[option], "true or false")
     backend = cfg.compile
     is_backend = isinstance(backend, bool | str) and backend != ""
-    require(is_backend, "compile", backend, "true, false, or the name of a backend of torch.compile")
+    require(is_backend, "compile", backend, "true, false, reduce-overhead, max-autotune, or a backend of torch.compile")
+    alarm = cfg.callbacks.get("nonfinite")
+    if alarm is not None and alarm.get("wait") is False:  # rows of the log are where it looks
+        require(cfg.callbacks.get("log") is not None, "callbacks.nonfinite.wait", False, "true without callbacks.log")
     require(cfg.randomness in ("per_rank", "per_image"), "randomness", cfg.randomness, "per_rank or per_image")
     is_list = isinstance(cfg.allow_changes, ListConfig) and all(isinstance(key, str) for key in cfg.allow_changes)
     require(is_list, "allow_changes", cfg.allow_changes, "a list of options, as [optimizer.lr,trainer.devices]")
