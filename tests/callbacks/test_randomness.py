@@ -14,7 +14,8 @@ def draw():
         progress = Progress()
         progress.images_seen, progress.pending = images_seen, pending
         trainer = SimpleNamespace(global_rank=rank)
-        StepSeeds(seed).on_train_batch_start(trainer, SimpleNamespace(device=torch.device("cpu"), progress=progress), None, 0)
+        method = SimpleNamespace(device=torch.device("cpu"), progress=progress)
+        StepSeeds(seed).on_train_batch_start(trainer, method, None, 0)
         return tuple(torch.randn(8).tolist())
 
     return numbers
