@@ -31,23 +31,33 @@ def run_as(
     Raises:
         ValueError: if there is no such backend, mode or precision.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"dtype is {precision}; allowed: {', '.join(DTYPES)}")
-    if precision == "fp16" and next(denoiser.parameters()).device.type == "cpu":
-        raise ValueError("dtype is fp16 on a CPU; allowed there: fp32 or bf16")
+    check_ways(next(denoiser.parameters()).device, compile=compile, precision=precision)
     denoiser.autocast_dtype = DTYPES[precision]
     if channels_last:
         denoiser.network.to(memory_format=torch.channels_last)
     if compile is False:
         return
-    known = (*MODES, *torch.compiler.list_backends(exclude_tags=()))
-    if compile is not True and compile not in known:
-        raise ValueError(f"compile is {compile}; allowed: true, false, {', '.join(known)}")
     if compile in MODES:
         denoiser.network.compile(mode=compile)
         denoiser.in_graphs = compile in GRAPHS
     else:
         denoiser.network.compile(backend="inductor" if compile is True else compile)
+
+
+def check_ways(device: torch.device, *, compile: bool | str = False, precision: str = "fp32") -> None:
+    """Refuse what `run_as` would refuse on this device; costs nothing.
+
+    Raises:
+        ValueError: if there is no such backend, mode or precision.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"dtype is {precision}; allowed: {', '.join(DTYPES)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("dtype is fp16 on a CPU; allowed there: fp32 or bf16")
+    if compile is not True and compile is not False:
+        known = (*MODES, *torch.compiler.list_backends(exclude_tags=()))
+        if compile not in known:
+            raise ValueError(f"compile is {compile}; allowed: true, false, {', '.join(known)}")
 
 
 def begin_step(denoiser: Denoiser) -> None:

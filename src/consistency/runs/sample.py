@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.checkpoints.io import load_model
 from consistency.data.files import is_grid, save_gif, save_grid
 from consistency.evaluation.storage import digest_of
+from consistency.models.execution import check_ways
 from consistency.ops import find_device
 from consistency.runs.bar import counting
 from consistency.runs.shards import PngShards, RawShards, claimed, finish_npz, finish_pngs, is_finished_npz
@@ -85,6 +86,7 @@ def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device:
         execution=execution_of(cfg),
     )
     guided(denoiser, cfg.guidance)  # refuses what this model cannot do, before anything is begun
+    check_ways(device, compile=cfg.compile, precision=cfg.dtype)
     settings = _settings(cfg, job, device)
     as_npz = ending_of(cfg.out) == ".npz"
     if as_npz and is_finished_npz(out, settings):
