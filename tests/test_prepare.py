@@ -25,8 +25,8 @@ from consistency.validation import training
 config.register()
 
 SETS = sorted(path.stem for path in (config.CONF_DIR / "data").glob("*.yaml"))
-CLASSES = {"cifar10": 10, "imagenet64": 1000, "flowers64": 102, "digits": 10, "digits_tinted": 10}
-SIZES = {"cifar10": 32, "digits": 8, "digits_tinted": 8, "lsun_bedroom": 256, "lsun_cat": 256}
+CLASSES = {"cifar10_jpeg": 10, "cifar10": 10, "imagenet64": 1000, "flowers64": 102, "digits": 10, "digits_tinted": 10}
+SIZES = {"cifar10_jpeg": 32, "cifar10": 32, "digits": 8, "digits_tinted": 8, "lsun_bedroom": 256, "lsun_cat": 256}
 
 
 def composed(*overrides, name="prepare"):
