@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.timing import machine, seconds_of
+from bench.timing import device_rates, machine
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from photographs_ladder import LADDERS, METHODS, Ladder
@@ -132,16 +132,16 @@ def score(cfg: DictConfig, subject: Subject, sampler: Any, num_samples: int) -> 
 def about(subject: Subject, data: str) -> dict[str, Any]:
     """What was measured with what."""
     device = subject.extractor.device
-    on_gpu = device.type == "cuda"
-    dtype, size = (torch.bfloat16, 8192) if on_gpu else (torch.float32, 1024)
+    rates = device_rates(device)
+    kind = "bfloat16" if device.type == "cuda" else "float32"
     extractor: Any = subject.extractor
     return {
         "date": date.today().isoformat(),
         "data": data,
         "image_size": extractor.model.image_size,
         "machine": machine(device),
-        "peak_flops": peak_flops(device, dtype, size),
-        "peak_of": f"matrix product of {size}, {str(dtype).removeprefix('torch.')}",
+        "peak_flops": rates[f"matmul_{kind}"],
+        "peak_of": f"a large matrix product in {kind}",
         "classifier_accuracy": extractor.accuracy,
         "classifier_digest": extractor.digest,
         "classifier_features": extractor.dim,
@@ -186,12 +186,6 @@ def training_of(run: Path, method: str, peak: float) -> dict[str, Any]:
         "flops_of_an_image": flops,
         "share_of_peak": flops * rate / peak,
     }
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of square matrix products, the best of ten."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / min(seconds_of(lambda: a @ a, device) for _ in range(10))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import importlib
 import json
 import os
 import signal
@@ -13,7 +14,6 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from consistency import config
 from consistency.checkpoints.io import save_denoiser
 
 BIN = Path(sys.executable).parent
@@ -126,7 +126,7 @@ def test_editing_and_measuring_images_of_ones_own_load_no_lightning():
 
 
 def test_help_copies_no_stored_configuration():
-    config.register()
+    importlib.import_module("consistency.cli")
     store = ConfigStore.instance()
     assert copy.deepcopy(store) is store
     assert store.load("hydra/config.yaml").node is not store.load("hydra/config.yaml").node

@@ -364,3 +364,45 @@ def test_an_ablation_never_trains_one_ordinary_run(cfg, variants, words):
 
 def test_conf_dir_is_found():
     assert (Path(config.CONF_DIR) / "train.yaml").exists()
+
+
+def test_speed_gives_way_to_a_precision_that_was_asked_for():
+    assert composed("speed=gpu").trainer.precision == "bf16-mixed"
+    assert composed("speed=gpu", "precision=fp32").trainer.precision == "32-true"
+    assert composed("precision=fp16", "speed=gpu").trainer.precision == "16-mixed"
+
+
+def test_speed_of_a_cpu_is_the_same_run_that_of_a_gpu_another():
+    choices = {"experiment": "digits_ict"}
+    assert config.run_name(choices, ["speed=cpu"]) == "digits_ict"
+    assert config.run_name(choices, ["speed=gpu"]) != "digits_ict"
+    fast, plain = (OmegaConf.to_container(composed(*settings)) for settings in (["speed=cpu"], []))
+    for cfg in (fast, plain):
+        cfg["optimizer"].pop("foreach", None)
+        assert config.is_neutral("optimizer.foreach")
+        for key in ("compile", "channels_last"):
+            assert config.is_neutral(key)
+            del cfg[key]
+    assert fast == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["compile=reduce-overhead", "trainer.accumulate_grad_batches=2"],
+            "accumulate_grad_batches is 2; allowed: 1",
+        ),
+        (
+            ["callbacks.nonfinite.wait=false", "callbacks.log=null"],
+            "nonfinite.wait is False; allowed: true",
+        ),
+        (
+            ["optimizer=adam", "+optimizer.fused=true", "+optimizer.foreach=true"],
+            "optimizer.foreach is True; allowed",
+        ),
+    ],
+)
+def test_ways_to_run_that_contradict_each_other(settings, message):
+    with pytest.raises(ValueError, match=message):
+        training.validate(composed("experiment=digits_ict", *settings))

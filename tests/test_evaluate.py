@@ -147,6 +147,11 @@ def test_search_finds_what_the_scan_finds(measured, tmp_path):
         ("evaluate", ["ckpt=null"], "ckpt or samples is neither; allowed: one of them"),
         ("evaluate", ["samples=x.npz"], "ckpt or samples is ckpt and samples"),
         ("evaluate", ["ckpt=null", "samples=tests", "seeds=[1]"], "left out with samples="),
+        (
+            "evaluate",
+            ["ckpt=null", "samples=tests", "compile=true"],
+            "compile is True; allowed: left out with",
+        ),
         ("evaluate", ["ckpt=nowhere"], "ckpt is nowhere"),
         ("evaluate", ["seeds=[]"], "seeds is"),
         ("evaluate", ["seeds=[1,1]"], "different integers"),

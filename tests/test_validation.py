@@ -19,6 +19,7 @@ from consistency.validation.ranges import check_ranges
         ("trainer.accelerator", "tpux"),
         ("trainer.gradient_clip_val", -1),
         ("trainer.num_nodes", True),
+        ("callbacks.nonfinite.wait", "perhaps"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_name(option, value):

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
-from timing import in_turns, ratio, seconds_of, spread
+from timing import device_rates, in_turns, ratio, seconds_of, spread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,21 +53,6 @@ class BytesCounter(TorchDispatchMode):
             moved = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
             self.total += sum(x.nbytes for x in {id(x): x for x in moved}.values())
         return out
-
-
-def device_rates(device: torch.device, size: int = 2048) -> dict[str, float]:
-    """Best of a few: matrix product in FLOP/s (float32, and bfloat16 on a GPU), copy in bytes/s (read and written)."""
-    size = size if device.type == "cpu" else 4 * size
-    source = torch.empty(64 * 2**20 // 4 * (1 if device.type == "cpu" else 16), device=device)
-    target = torch.empty_like(source)
-    rates = {"copy_bytes": 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))}
-    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
-        if dtype != torch.float32 and device.type == "cpu":
-            continue  # without the instructions it would take minutes
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        seconds = min(seconds_of(lambda a=a: a @ a, device) for _ in range(6))  # type: ignore[misc]
-        rates[f"matmul_{name}"] = 2 * size**3 / seconds
-    return rates
 
 
 class Bench:

@@ -57,6 +57,21 @@ def say(ratios: dict[str, float]) -> str:
     return f"{ratios['median']:.2f}x ({ratios['low']:.2f} to {ratios['high']:.2f}, {ratios['pairs']:.0f} pairs)"
 
 
+def device_rates(device: torch.device, size: int = 2048) -> dict[str, float]:
+    """Best of a few: matrix product in FLOP/s (float32, and bfloat16 on a GPU), copy in bytes/s (read and written)."""
+    size = size if device.type == "cpu" else 4 * size
+    source = torch.empty(64 * 2**20 // 4 * (1 if device.type == "cpu" else 16), device=device)
+    target = torch.empty_like(source)
+    rates = {"copy_bytes": 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))}
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        if dtype != torch.float32 and device.type == "cpu":
+            continue  # without the instructions it would take minutes
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        seconds = min(seconds_of(lambda a=a: a @ a, device) for _ in range(6))  # type: ignore[misc]
+        rates[f"matmul_{name}"] = 2 * size**3 / seconds
+    return rates
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -64,8 +63,6 @@ class ExperimentsSearchPath(SearchPathPlugin):
 
 def register() -> None:
     """Tell Hydra of the search path and the resolvers; harmless when repeated."""
-    # `--help` copies all stored configurations for each of 90 groups, which takes two seconds; nobody changes them.
-    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     plugins = Plugins.instance()
     if ExperimentsSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(ExperimentsSearchPath)

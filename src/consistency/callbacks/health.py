@@ -111,7 +111,7 @@ class TrainingLog(Callback):
         self.last_row = row
         pl_module.log("loss", row["loss"], on_step=True, on_epoch=False, logger=False, batch_size=1)  # for monitors
         self._reset(step, images)
-        # With the alarm such steps are not applied and counted, and it is the one that says when there are too many.
+        # The alarm skips or mends such steps and counts them, and it is the one that says when there are too many.
         if not math.isfinite(row["loss"]) and not any(isinstance(callback, NonFinite) for callback in callbacks):
             raise FloatingPointError(
                 f"the loss is {row['loss']} at step {step}; lower optimizer.lr, or use precision=fp32 if it was fp16"

@@ -108,6 +108,9 @@ def validate_evaluate(cfg: DictConfig) -> None:
     require(
         cfg.ckpt is not None or list(seeds) == [0], "seeds", seeds, "left out with samples=, which are drawn already"
     )
+    for option, plain in (("compile", False), ("channels_last", False), ("dtype", "fp32")):
+        allowed = "left out with samples=, which are drawn already"
+        require(cfg.ckpt is not None or cfg[option] == plain, option, cfg[option], allowed)
 
 
 def validate_app(cfg: DictConfig) -> None:
