@@ -87,7 +87,7 @@ def measure(run: Path, args: argparse.Namespace, num_samples: int, distance: Any
     status = json.loads((run / "status.json").read_text()) if (run / "status.json").exists() else {}
     row = {**info, "seconds": status.get("seconds", 0)}
     samplers: dict[str, Any]
-    if info["method"] == "EDM":
+    if denoiser.kind == "diffusion":
         samplers = {"heun18": OdeSampler(sample_heun, num_steps=18)}
     else:
         samplers = {"onestep": ConsistencySampler()}

@@ -4,7 +4,7 @@ Needs, in outputs/ (each about 4 minutes on 2 cores):
 
     consistency-train experiment=digits_ict
     consistency-train experiment=digits_edm
-    consistency-train experiment=digits_edm network.label_dropout=0.1 run_name=digits_edm_guided
+    consistency-train experiment=digits_edm model.label_dropout=0.1 run_name=digits_edm_guided
     consistency-train experiment=digits_flow
     consistency-train experiment=digits_ict data=digits_tinted callbacks.quality=null run_name=digits_tinted_ict
     consistency-train experiment=digits_denoiser

@@ -52,7 +52,7 @@ LADDERS = {
             *("network=unet_tiny", "network.channels=32", "network.channel_mult=[1,2]"),
             "network.attention_resolutions=[8]",
         ),
-        method={"ect": ("draw.steps_per_stage=125",)},
+        method={"ect": ("levels.steps_per_stage=125",)},
         evaluate=("evaluation.extractor.network.width=16", "evaluation.extractor.network.epochs=10"),
         samples=(10_000,),
     ),

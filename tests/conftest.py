@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from consistency.methods.base import Random
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
+from consistency.models.register import register_network
 from consistency.models.unet import UNet
 from snapshots import weights_of_rule
 
@@ -37,11 +40,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
+@register_network("tiny_test_network")
 class TinyNetwork(nn.Module):
     """F(x, c_noise) = scale tanh(x + shift c_noise) + offset: an explicit function in place of the UNet."""
 
     in_channels, image_size, num_classes = 1, 2, 0
-    config = {}
 
     def __init__(self, scale=1.0, shift=0.0):
         super().__init__()
@@ -81,10 +84,20 @@ def make_unet():
 
 @pytest.fixture
 def make_denoiser(make_unet):
-    """A denoiser around `make_unet`; `boundary` is the denoiser's, the rest the network's."""
+    """A denoiser around `make_unet`; `boundary` and `label_dropout` are the denoiser's, the rest the network's."""
 
-    def make(*, boundary=0.002, **options):
-        return Denoiser(make_unet(**options), boundary=boundary)
+    def make(*, boundary=0.002, label_dropout=0.0, **options):
+        return Denoiser(make_unet(**options), EDM(boundary=boundary), label_dropout=label_dropout)
+
+    return make
+
+
+@pytest.fixture
+def fixed_random():
+    """Random numbers for `Method.step`, chosen beforehand: levels (sigma, or a pair) and noise [B, C, H, W]."""
+
+    def make(levels, noise):
+        return Random(levels, noise)
 
     return make
 

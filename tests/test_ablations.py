@@ -70,11 +70,11 @@ def test_ladder_changes_one_thing_a_rung():
     for below, above in itertools.pairwise(rungs):
         a, b = settings("cifar10_ict", below), settings("cifar10_ict", above)
         differing = {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
-        # Group and what depends on it: the method repeats its parts, draws repeat N(k).
+        # Group and what depends on it: the method repeats its parts, levels repeat N(k).
         changes.append(
-            {k.removeprefix("method.").removeprefix("draw.num_levels").split(".")[0] for k in differing} - {""}
+            {k.removeprefix("method.").removeprefix("levels.num_levels").split(".")[0] for k in differing} - {""}
         )
-    assert changes == [{"weighting"}, {"curriculum", "target_decay"}, {"metric"}, {"curriculum"}, {"draw"}]
+    assert changes == [{"weighting"}, {"curriculum", "target_decay"}, {"metric"}, {"curriculum"}, {"levels"}]
 
 
 def test_ladder_begins_with_consistency_training():
@@ -98,7 +98,9 @@ def test_curriculum_shapes_end_at_the_same_number_of_levels():
 def test_constant_curriculum_is_constant():
     from hydra.utils import instantiate
 
-    levels = instantiate(composed("curriculum=constant").curriculum.num_levels)
+    levels = instantiate(
+        composed("~experiment", "trainer.max_steps=400_000", "curriculum=constant").curriculum.num_levels
+    )
     assert {levels(step) for step in (0, 1, 1000, 399_999)} == {1281}
 
 

@@ -16,8 +16,7 @@ from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample
 def make_model(make_denoiser):
     def make(kind="consistency", batch_size=256, **options):
         boundary = 0.002 if kind == "consistency" else 0.0
-        info = {"method": "ConsistencyTraining" if kind == "consistency" else "EDM"}
-        return Model(make_denoiser(boundary=boundary, **options), info, device="cpu", batch_size=batch_size)
+        return Model(make_denoiser(boundary=boundary, **options), device="cpu", batch_size=batch_size)
 
     return make
 
@@ -33,11 +32,21 @@ def close(some, others):
 
 
 def test_load_takes_what_was_saved(make_denoiser, tmp_path):
-    save_denoiser(make_denoiser(), tmp_path / "m", {"method": "ConsistencyTraining"})
+    save_denoiser(make_denoiser(), tmp_path / "m", {"method": "mine"})
     model = load(tmp_path / "m", device="cpu")
     assert (model.image_shape, model.num_classes, model.is_consistency) == ((1, 4, 4), 0, True)
+    assert model.info == {"method": "mine"}
     with pytest.raises(ValueError, match="no model at"):
         load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "consistency"])
+def test_kind_decides_what_a_model_is(make_denoiser, kind):
+    """Neither its boundary, which is ECT's 0 in both cases, nor the name of a method."""
+    denoiser = make_denoiser(boundary=0.0)
+    denoiser.kind = kind
+    for method in ("EDM", "ConsistencyTraining", None):
+        assert Model(denoiser, {"method": method}, device="cpu").is_consistency == (kind == "consistency")
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("consistency", 1), ("consistency", 2), ("diffusion", 4)])

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra.core.config_store import ConfigStore
 
+from consistency import cli
 from consistency.checkpoints.io import save_denoiser
 
 BIN = Path(sys.executable).parent
@@ -103,6 +105,61 @@ def test_configuration_errors_are_short(tmp_path, overrides, words):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("draw=lognormal", "levels=lognormal"),
+        ("draw.q=4,256", "levels.q=4,256"),
+        ("+draw.x={a: 1}", "+levels.x={a: 1}"),
+        ("~draw.index", "~levels.index"),
+        ("noise.rho=5", "levels.rho=5"),
+        ("noise.sigma_data=0.6", "data.sigma_data=0.6"),
+        ("noise.noise_scale=250", "parametrization.noise_scale=250"),
+        ("noise.sigma_min=0.01", "model.sigma_min=0.01"),
+        ("network.label_dropout=0.1", "model.label_dropout=0.1"),
+        ("denoiser@method.denoiser=flow", "parametrization=flow"),
+        ("method.denoiser.boundary=0", "parametrization.boundary=0"),
+        ("method.draw.q=4", "method.levels.q=4"),
+    ],
+)
+def test_options_of_the_version_before_still_work(capsys, old, new):
+    assert cli._renamed(old) == new
+    said = capsys.readouterr().err
+    bare_old, bare_new = (option.lstrip("+~").partition("=")[0] for option in (old, new))
+    assert said == f"consistency: {bare_old} is called {bare_new} now; the old name goes with the next version\n"
+
+
+@pytest.mark.parametrize(
+    "option", ["drawing=1", "levels=ratio", "data.noise=1", "network.dropout=0.1", "-m", "noise_=1"]
+)
+def test_other_options_stay_as_they_are(capsys, option):
+    assert cli._renamed(option) == option
+    assert capsys.readouterr().err == ""
+
+
+def test_renamed_options_reach_the_run(tmp_path):
+    old = ["draw=uniform_index", "noise.sigma_data=0.6", "noise.noise_scale=1", "noise.sigma_max=70"]
+    done = subprocess.run(
+        [BIN / "consistency-train", *old, "--cfg", "job", "--resolve"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" is called ")[0] for line in done.stderr.splitlines()] == [
+        f"consistency: {option.partition('=')[0]}" for option in old
+    ]
+    settings = yaml.safe_load(done.stdout)
+    assert settings["levels"]["index"]["_target_"].endswith("uniform_index")
+    assert settings["data"]["sigma_data"] == settings["method"]["denoiser"]["parametrization"]["sigma_data"] == 0.6
+    assert settings["method"]["denoiser"]["parametrization"]["noise_scale"] == 1
+    assert settings["model"]["sigma_max"] == settings["levels"]["sigma_max"] == 70
+    assert settings["trainer"]["max_steps"] == 1500  # no recipe was named: the small one
+
+
+def test_number_of_steps_is_asked_for_where_no_recipe_says_it(tmp_path):
+    said = command("consistency-train", "experiment=null", cwd=tmp_path, code=2)
+    assert "trainer.max_steps" in said
+    assert "Traceback" not in said
+
+
 def test_help_does_not_import_torch():
     code = "import sys, consistency, consistency.cli; assert not {'torch', 'lightning'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -134,7 +191,7 @@ def test_help_copies_no_stored_configuration():
 
 def test_the_mathematics_loads_neither_lightning_nor_hydra():
     code = (
-        "import sys; from consistency import Denoiser, UNet, consistency_loss, ConsistencySampler; "
+        "import sys; from consistency import Denoiser, UNet, add_noise, register_network, ConsistencySampler; "
         "assert not {'lightning', 'hydra', 'omegaconf', 'torchvision'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

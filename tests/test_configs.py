@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from consistency import config, save_denoiser
+from consistency.models.parametrization import EDM, Flow
 from consistency.models.unet import UNet
+from consistency.runs.build import make_method
 from consistency.validation import commands, training
 
 config.register()
@@ -22,7 +26,8 @@ NETWORKS = sorted(path.stem for path in (config.CONF_DIR / "network").glob("*.ya
 GROUPS = {
     group: sorted(path.stem for path in (config.CONF_DIR / group).glob("*.yaml"))
     for group in (
-        *("metric", "weighting", "optimizer", "curriculum", "draw", "logger", "strategy", "precision", "debug"),
+        *("metric", "weighting", "optimizer", "curriculum", "levels", "model", "parametrization"),
+        *("logger", "strategy", "precision", "debug"),
         *("network", "data", "hydra/launcher", "hydra/sweeper"),
     )
 }
@@ -37,6 +42,9 @@ def teacher_folder(tmp_path_factory):
 
 
 def composed(*overrides, name="train"):
+    """A configuration; of consistency-train without its default recipe, but for an `experiment=`."""
+    if name == "train" and not any(override.startswith("experiment=") for override in overrides):
+        overrides = ("~experiment", "trainer.max_steps=1500", *overrides)
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose(name, overrides=[*overrides, "paths.output_dir=unused"] if name == "train" else list(overrides))
     if (
@@ -46,6 +54,12 @@ def composed(*overrides, name="train"):
     ):
         cfg.run_name = "test"
     return cfg
+
+
+def check(cfg):
+    """What a command checks before anything is made: the options, then what the parts say to each other."""
+    training.validate(cfg)
+    return make_method(cfg)
 
 
 def test_there_are_recipes_for_all_methods():
@@ -60,9 +74,8 @@ def test_recipe_builds(recipe, tmp_path, teacher_folder):
     for option in ("teacher", "init_from"):
         if cfg.get(option):
             cfg[option] = str(teacher_folder)
-    training.validate(cfg)
+    method = check(cfg)
     OmegaConf.to_container(cfg, resolve=True)
-    method = instantiate(cfg.method, _convert_="object")
     assert isinstance(method.denoiser.network, UNet)
     assert all(callback is None or instantiate(callback, _convert_="object") for callback in cfg.callbacks.values())
     assert instantiate(cfg.data, _convert_="object").batch_size == cfg.data.batch_size
@@ -81,7 +94,7 @@ def on_meta(recipe):
     """The recipe's configuration and method; networks have shapes and no memory."""
     cfg = composed(f"experiment={recipe}")
     if cfg.get("metric") and cfg.metric._target_.endswith("LPIPS"):
-        cfg.metric = {"_target_": "consistency.losses.metrics.l2", "_partial_": True}  # LPIPS needs a file
+        cfg.metric = {"_target_": "consistency.methods.metrics.l2", "_partial_": True}  # LPIPS needs a file
     with torch.device("meta"):
         return cfg, instantiate(cfg.method, _convert_="object")
 
@@ -158,7 +171,7 @@ def test_published_numbers(recipe, monkeypatch):
     assert 0.5 ** (batch / half_lives[0]) == pytest.approx(decay, abs=2e-7 * len(half_lives))
     if recipe in SCHEDULES:
         first, last, mu = SCHEDULES[recipe]
-        assert (method.draw.num_levels(0), method.draw.num_levels(steps - 1)) == (first, last)
+        assert (method.levels.num_levels(0), method.levels.num_levels(steps - 1)) == (first, last)
         assert (method.target_decay and method.target_decay(0)) == (mu and pytest.approx(mu))
 
 
@@ -177,37 +190,93 @@ def test_network_trains_at_reduced_width(network, fit):
     assert [name for name, value in method.denoiser.named_parameters() if torch.equal(value, before[name])] == []
 
 
+def with_option(group, option):
+    """The option and a method that it goes with: ECT's curriculum with its own levels, those of Table 1 of EDM with
+    their parametrization."""
+    if (group, option) == ("curriculum", "ect"):
+        return ["method=ect", "curriculum=ect"]
+    if option in ("vp", "ve", "iddpm"):
+        return ["method=edm", *{f"parametrization={option}", f"{group}={option}"}]
+    return ["method=ict", f"{group}={option}"]
+
+
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_option_composes(group, option):
-    # ECT has no grid, so its curriculum only goes with its own draw.
-    method = "ect" if (group, option) == ("curriculum", "ect") else "ict"
-    cfg = composed(f"method={method}", f"{group}={option}")
+    cfg = composed(*with_option(group, option))
     OmegaConf.to_container(cfg, resolve=True)
 
 
-@pytest.mark.parametrize(
-    ("group", "option"), [c for c in CHOICES if c[0] in ("metric", "weighting", "draw", "curriculum")]
-)
+OF_THE_METHOD = ("metric", "weighting", "levels", "parametrization", "curriculum")
+
+
+@pytest.mark.parametrize(("group", "option"), [choice for choice in CHOICES if choice[0] in OF_THE_METHOD])
 def test_option_instantiates(group, option):
     if option == "lpips":
-        return  # needs a backbone file: tests/losses/test_lpips.py
-    method = "ect" if (group, option) == ("curriculum", "ect") else "ict"
-    assert instantiate(composed(f"method={method}", f"{group}={option}")[group], _convert_="object") is not None
+        return  # needs a backbone file: tests/methods/test_lpips.py
+    part = composed(*with_option(group, option))[group]
+    assert instantiate(part, _convert_="object") is not None
 
 
 @pytest.mark.parametrize("curriculum", [name for name in GROUPS["curriculum"] if name != "ect"])
 def test_every_curriculum_goes_with_the_main_recipe(curriculum):
     cfg = composed("experiment=digits_ict", f"curriculum={curriculum}")
     training.validate(cfg)
-    draw = instantiate(cfg.draw, _convert_="object")
-    assert draw.num_levels(cfg.trainer.max_steps) == (18 if curriculum == "fixed" else 161)
+    levels = instantiate(cfg.levels, _convert_="object")
+    assert levels.num_levels(cfg.trainer.max_steps) == (18 if curriculum == "fixed" else 161)
 
 
-@pytest.mark.parametrize("method", ["edm", "ct", "ict", "ect"])
+@pytest.mark.parametrize("method", ["edm", "flow", "ct", "ict", "ect"])
 def test_method_alone_builds(method):
-    cfg = composed(f"method={method}")
-    training.validate(cfg)
-    instantiate(cfg.method, _convert_="object")
+    made = check(composed(f"method={method}"))
+    assert made.denoiser.kind == made.kind == ("diffusion" if method in ("edm", "flow") else "consistency")
+
+
+def test_without_arguments_the_small_recipe_is_trained():
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        bare, named = (compose("train", overrides=[*more, "run_name=x"]) for more in ([], ["experiment=digits_ict"]))
+    assert bare == named
+    assert (bare.trainer.max_steps, bare.data.num_classes) == (1500, 10)
+
+
+def test_without_a_recipe_the_number_of_steps_is_asked_for():
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=["~experiment", "run_name=x", "paths.output_dir=unused"])
+    with pytest.raises((ValueError, MissingMandatoryValue), match=r"trainer\.max_steps") as caught:
+        training.validate(cfg)
+    assert OmegaConf.is_missing(cfg.trainer, "max_steps")
+    assert "max_steps" in str(caught.value).splitlines()[0]
+
+
+# What a parametrization is trained with is chosen with it, and an option of one's own wins.
+@pytest.mark.parametrize(
+    ("overrides", "levels", "weighting"),
+    [
+        (["method=edm"], "LogNormal", "edm"),
+        (["method=edm", "parametrization=flow"], "UniformTime", "velocity"),
+        (["method=flow"], "UniformTime", "velocity"),
+        (["method=flow", "levels=lognormal", "weighting=uniform"], "LogNormal", "uniform"),
+    ],
+)
+def test_levels_and_weighting_follow_the_parametrization(overrides, levels, weighting):
+    method = check(composed(*overrides))
+    assert type(method.levels).__name__ == levels
+    assert method.weighting.func.__name__ == weighting
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "boundary"),
+    [("edm", EDM, 0), ("flow", Flow, 0), ("ect", EDM, 0), ("ct", EDM, 0.01), ("ict", EDM, 0.01)],
+)
+def test_settings_of_data_and_model_reach_what_takes_them(method, kind, boundary):
+    options = ("model.sigma_min=0.01", "model.sigma_max=40", "data.sigma_data=0.6", "parametrization.noise_scale=1")
+    made = check(composed(f"method={method}", *options))
+    assert (made.denoiser.sigma_min, made.denoiser.sigma_max) == (0.01, 40)
+    expected = {"boundary": boundary, "noise_scale": 1, **({"sigma_data": 0.6} if kind is EDM else {})}
+    assert made.denoiser.parametrization == kind(**expected)
+    for name in ("sigma_min", "sigma_max"):
+        assert getattr(made.levels, name, None) in (getattr(made.denoiser, name), None)
+    if method == "edm":
+        assert made.weighting.keywords == {"sigma_data": 0.6}
 
 
 @pytest.mark.parametrize("sampler", sorted(path.stem for path in (config.CONF_DIR / "sampler").glob("*.yaml")))
@@ -221,11 +290,16 @@ def test_sampler_instantiates(sampler):
         (["trainer.max_steps=0"], ["trainer.max_steps", "0", "at least 1"]),
         (["data.batch_size=0"], ["data.batch_size", "at least 1"]),
         (["optimizer.lr=oops"], ["optimizer.lr", "oops", "positive number"]),
-        (["noise.sigma_min=90"], ["noise.sigma_min", "90", "sigma_max=80"]),
+        (["model.sigma_min=90"], ["model.sigma_min", "90", "sigma_max=80"]),
         (["network.channel_mult=[1,1,1,1,1]"], ["network.channel_mult", "image_size=8"]),
-        (["method=edm", "draw=lognormal_index", "+curriculum=ict"], ["draw", "GridPairs", "lognormal"]),
-        (["draw=lognormal"], ["draw", "LogNormal", "uniform_index"]),
-        (["method=edm", "weighting=inverse_gap"], ["weighting", "inverse_gap", "method=edm"]),
+        (["method=edm", "levels=lognormal_index", "+curriculum=ict"], ["levels", "GridPairs", "lognormal"]),
+        (["levels=lognormal"], ["levels", "LogNormal", "uniform_index"]),
+        (["method=edm", "weighting=inverse_gap"], ["weighting", "inverse_gap", "EDM"]),
+        (["method=edm", "parametrization.boundary=0.1"], ["EDM", "0.1", "parametrization.boundary"]),
+        (["parametrization.boundary=-1"], ["boundary", "-1", "parametrization.boundary"]),
+        (["method=edm", "levels=fixed", "levels.sigma=0"], ["levels.sigma", "0", "positive"]),
+        (["method=flow", "parametrization.noise_scale=0"], ["noise_scale", "0", "parametrization.noise_scale"]),
+        (["model.label_dropout=0.1"], ["label_dropout", "0.1", "model.label_dropout"]),
         (["data.batch_size=6", "trainer.accumulate_grad_batches=4"], ["data.batch_size", "6", "multiple"]),
         (["trainer.accumulate_grad_batches=some"], ["trainer.accumulate_grad_batches", "some", "auto"]),
         (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "0", "at least 1"]),
@@ -243,28 +317,27 @@ def test_sampler_instantiates(sampler):
         (["network.dropout=1"], ["network.dropout", "1", "below 1"]),
         (["network.scale_shift=maybe"], ["network.scale_shift", "maybe", "true or false"]),
         (["network.resample_filter=[]"], ["network.resample_filter", "[]", "[1,3,3,1]"]),
-        (["network.attention_resolutions=8"], ["network.attention_resolutions", "8", "[8, 4]"]),
+        (["network.attention_resolutions=8"], ["network.attention_resolutions", "8", "a list of sizes"]),
         (["data.num_workers=-1"], ["data.num_workers", "-1", "at least 0"]),
         (["data.on_device=maybe"], ["data.on_device", "maybe", "true or false"]),
         (["data.image_size=0"], ["data.image_size", "0", "at least 1"]),
         (["network.channel_mult=2"], ["network.channel_mult", "2", "list"]),
-        (["noise.rho=0"], ["noise.rho", "positive"]),
-        (["curriculum=ect"], ["draw.num_levels", "curriculum.num_levels"]),
+        (["levels.rho=0"], ["levels.rho", "positive"]),
+        (["curriculum=ect"], ["levels.num_levels", "curriculum.num_levels"]),
         (["network.num_classes=5"], ["network.num_classes", "5", "data.num_classes=10"]),
         (["data.batch_size=oops"], ["data.batch_size", "oops", "integer"]),
         (["method=cd"], ["teacher", "None", "method=edm"]),
-        (["method=ect", "draw.q=256", "draw.steps_per_stage=100"], ["draw.steps_per_stage", "100"]),
+        (["method=ect", "levels.q=256", "levels.steps_per_stage=100"], ["levels.steps_per_stage", "100"]),
         (["init_from=nowhere/run"], ["init_from", "nowhere/run", "existing run", "consistency-convert"]),
         (["init_from=outputs/nothing"], ["init_from", "outputs/nothing", "experiment=nothing"]),
-        (["augment=edm"], ["augment", "edm", "method=edm"]),
         (["method=edm", "augment=edm", "data.flip=true"], ["data.flip", "augment=edm"]),
         (["method=edm", "augment=edm", "network.augment_channels=0"], ["network.augment_channels", "9"]),
     ],
 )
 def test_impossible_configuration_is_one_clear_line(overrides, words):
-    with pytest.raises(ValueError) as caught:
-        training.validate(composed(*overrides))
-    message = str(caught.value)
+    with pytest.raises((ValueError, InstantiationException)) as caught:
+        check(composed(*overrides))
+    message = str(caught.value.__cause__ if isinstance(caught.value, InstantiationException) else caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
 

@@ -68,7 +68,7 @@ def train(folder, enter, leave, *overrides):
         settings += ["callbacks.progress=null", "callbacks.log.every_n_steps=3", "callbacks.collapse=null"]
         cfg = compose("train", overrides=[*settings, f"paths.output_dir={folder}", *overrides])
     data = build_data(cfg)
-    method = build_method(cfg, data, is_new=True)
+    method = build_method(cfg, data)
     hot = HotLoop(enter, leave)
     trainer = build_trainer(cfg, [StepSeeds(0), EndOfRun(7), *build_parts(cfg.callbacks), hot], [], None)
     fit_quietly(trainer, method, data, None)
@@ -108,7 +108,7 @@ RECIPES = {
     "ct": ("experiment=smoke_ct",),
     "ect": ("experiment=smoke_ect", "init_from=null"),
     "edm": ("experiment=smoke_edm", "data.flip=true"),
-    "hidden labels": ("experiment=smoke_edm", "network.num_classes=10", "network.label_dropout=0.2"),
+    "hidden labels": ("experiment=smoke_edm", "network.num_classes=10", "model.label_dropout=0.2"),
 }
 
 

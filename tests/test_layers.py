@@ -14,7 +14,6 @@ LAYERS = {
     "ops": 0,
     "noise": 1,
     "models": 2,
-    "losses": 3,
     "sampling": 3,
     "methods": 4,
     "data": 4,

@@ -24,5 +24,5 @@ def test_wheel_runs_elsewhere(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
-    assert "consistency.losses.metrics.l2" in done.stdout
+    assert "consistency.methods.metrics.l2" in done.stdout
     assert "max_steps: 1500" in done.stdout

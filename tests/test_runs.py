@@ -15,6 +15,7 @@ from PIL import Image
 from consistency import config
 from consistency.checkpoints.io import load_model, save_denoiser
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.runs.sample import sample
 from consistency.runs.start import start
 from consistency.runs.train import train
@@ -122,8 +123,7 @@ def test_methods_that_start_from_a_diffusion_model(folder, method, option):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sigma_data": 0.5}, ["sigma_data 0.5", "noise.sigma_data is 0.75"]),
-        ({"noise_scale": 250.0}, ["noise_scale 250", r"set noise\.noise_scale=250"]),
+        ({"parametrization": {"sigma_data": 0.5}}, ["sigma_data 0.5", "data.sigma_data is 0.75"]),
         ({"sigma_min": 0.01}, [r"\(0.01, 80.0\)", r"\(0.002, 80.0\)"]),
         (
             {"network": {"image_size": 16}},
@@ -131,17 +131,47 @@ def test_methods_that_start_from_a_diffusion_model(folder, method, option):
         ),
         ({"network": {"in_channels": 3}}, [r"\[3, 8, 8\]", r"\[1, 8, 8\]"]),
         ({"network": {"num_classes": 7}}, ["network has 7 classes", "data set 10"]),
-        ({"boundary": 0.002}, ["must be a diffusion model", "got a consistency model"]),
+        ({"kind": "consistency"}, ["must be a diffusion model", "got a consistency model"]),
+        ({"kind": "flow_map"}, ["must be a diffusion model", "got a flow_map model"]),
     ],
 )
 def test_distillation_refuses_a_teacher_that_does_not_fit(folder, tmp_path, change, words):
     settings = load_model(folder / "outputs/smoke_edm")[0].config
-    settings = {**settings, **change, "network": {**settings["network"], **change.get("network", {})}}
+    for part in ("network", "parametrization"):
+        arguments = settings[part]["arguments"] | change.get(part, {})
+        settings[part] = {**settings[part], "arguments": arguments}
+    settings |= {key: value for key, value in change.items() if key not in ("network", "parametrization")}
     teacher = save_denoiser(Denoiser.from_config(settings), tmp_path / "teacher", {"method": "EDM", "weights": "raw"})
     with pytest.raises((ValueError, InstantiationException)) as caught:
         run(tmp_path, "cd", "experiment=smoke_cd", f"teacher={teacher}")
     message = str(caught.value.__cause__ or caught.value)
     assert all(re.search(word, message) for word in words), message
+
+
+def test_distillation_takes_what_its_teacher_has(folder, tmp_path):
+    settings = load_model(folder / "outputs/smoke_edm")[0].config
+    settings["parametrization"]["arguments"]["noise_scale"] = 250.0
+    teacher = save_denoiser(Denoiser.from_config(settings), tmp_path / "teacher", {"weights": "raw"})
+    run(tmp_path, "cd", "experiment=smoke_cd", f"teacher={teacher}", "trainer.max_steps=2")
+    student, info = load_model(tmp_path / "outputs/cd")
+    assert info["method"] == "ConsistencyDistillation"
+    assert student.kind == "consistency"
+    assert student.parametrization == EDM(sigma_data=0.75, boundary=0.002, noise_scale=250.0)
+
+
+def test_augmentation_is_for_methods_that_tell_their_network(folder):
+    with pytest.raises(ValueError, match=r"augment is on, but ConsistencyTraining .*augment=none, or method=edm"):
+        run(folder, "augmented", "experiment=smoke_ict", "augment=edm")
+
+
+def test_sampler_follows_from_the_kind_of_model(folder):
+    """Nothing was asked for: Heun's method on a diffusion model, one step of a consistency model."""
+    for ckpt, named in (("smoke_edm", "heun"), ("smoke_ict", "onestep")):
+        free, asked = (
+            np.load(draw(folder, ckpt, "num_samples=2", *more, out=f"{named}{len(more)}.npz"))["arr_0"]
+            for more in ([], [f"sampler={named}"])
+        )
+        assert (free == asked).all()
 
 
 def test_start_from_another_network_names_the_options(folder):
@@ -197,8 +227,8 @@ def test_sampling_during_training_does_not_change_it(folder):
 
 
 def test_wrong_sigma_data_is_warned_about(folder, caplog):
-    run(folder, "sd", "experiment=smoke_ict", "noise.sigma_data=0.5", "trainer.max_steps=1")
-    assert "Set noise.sigma_data=0.75" in caplog.text
+    run(folder, "sd", "experiment=smoke_ict", "data.sigma_data=0.5", "trainer.max_steps=1")
+    assert "Set data.sigma_data=0.75" in caplog.text
 
 
 def test_target_without_its_callback_is_refused(folder):
@@ -260,7 +290,8 @@ def test_sample_from_a_checkpoint_into_single_pngs(folder):
     ("ckpt", "overrides", "words"),
     [
         ("nowhere", [], "does not exist"),
-        ("smoke_edm", [], "sampler=heun"),
+        ("smoke_edm", ["sampler=onestep"], "diffusion model, which ConsistencySampler cannot sample; use sampler=heun"),
+        ("smoke_ict", ["sampler=heun"], "consistency model, which OdeSampler cannot sample; use sampler=onestep"),
         ("smoke_ict", ["sampler=multistep", "sampler.mid_sigmas=[0.5,2]"], r"change sampler\.mid_sigmas"),
         ("smoke_ict", ["weights=ema0.5"], r"ema0\.999"),
         ("smoke_ict", ["num_samples=0"], "num_samples"),

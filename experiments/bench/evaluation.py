@@ -18,7 +18,9 @@ from consistency.evaluation.extractors import Extractor, extract
 from consistency.evaluation.measure import batches_of_rank
 from consistency.evaluation.protocol import Evaluation
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
+from consistency.noise.grids import SIGMA_MIN
 from consistency.sampling.images import draw_images
 from consistency.sampling.samplers import ConsistencySampler
 
@@ -57,7 +59,8 @@ def measure(device: torch.device, images: int | None = None, batch: int | None =
     on_gpu = device.type == "cuda"
     total, batch = images or (GPU_IMAGES if on_gpu else CPU_IMAGES), batch or (250 if on_gpu else 16)
     torch.manual_seed(0)
-    denoiser = Denoiser(UNet(**NETWORK)).to(device).eval()  # type: ignore[arg-type]
+    network = UNet(**NETWORK)  # type: ignore[arg-type]
+    denoiser = Denoiser(network, EDM(boundary=SIGMA_MIN)).to(device).eval()
     extractor, sampler = RandomInception().to(device), ConsistencySampler()
     # The Inception Score alone: a Frechet distance takes seconds once, however many images there are.
     protocol = Evaluation(

@@ -84,18 +84,19 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.arange(shape[0]) % max(cfg.num_classes, 1)
-        options = {name: cfg[name] for name in ("batch_size", "image_size", "channels", "num_classes", "flip")}
+        names = ("batch_size", "image_size", "channels", "num_classes", "sigma_data", "flip")
+        options = {name: cfg[name] for name in names}
         data = ImageDataModule(ImageArray(images, labels), seed=0, on_device=cfg.on_device, **options)
         data.setup("fit")
         return data
 
     def _method(self) -> Any:
-        method = build_method(self.cfg, self.data, is_new=True).to(self.device).train()
+        method = build_method(self.cfg, self.data).to(self.device).train()
         method.trainer = self.trainer
         return method
 
     def _optimizer(self, method: Any) -> torch.optim.Optimizer:
-        return method.optimizer(method.denoiser.parameters())
+        return method.optimizer(method.trained_parameters())
 
     def _trainer(self, callbacks: list[Any]) -> L.Trainer:
         return build_trainer(self.cfg, callbacks, [], None)
@@ -178,7 +179,7 @@ class Bench:
         assert any(isinstance(part, WeightEMA) for part in callbacks)
         assert any(isinstance(part, TargetEMA) for part in callbacks)
         trainer = self._trainer([StepSeeds(0), *callbacks, log, turns])
-        method = build_method(self.cfg, self.data, is_new=True)
+        method = build_method(self.cfg, self.data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fit_quietly(trainer, method, self.data, None, tf32=self.cfg.tf32)

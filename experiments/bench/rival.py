@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from consistency.models.averages import ema_update_
 from consistency.models.denoiser import Denoiser
 from consistency.models.execution import run_as
+from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
+from consistency.noise.grids import SIGMA_MIN
 
 DIFFUSERS, PLAIN = "diffusers, float32, eager", "ours, float32, eager"
 
@@ -37,7 +39,8 @@ def same_networks(config: dict[str, Any], device: torch.device) -> tuple[Denoise
     adm = {"adm": True, "scale_shift": True, "skip_scale": 1.0, "norm_eps": 1e-5, "norm_groups": 32}
     heads = min(64, int(config["channels"]))
     torch.manual_seed(0)
-    denoiser = Denoiser(UNet(**{name: config[name] for name in kept}, head_channels=heads, **adm), noise_scale=250.0)
+    network = UNet(**{name: config[name] for name in kept}, head_channels=heads, **adm)
+    denoiser = Denoiser(network, EDM(boundary=SIGMA_MIN, noise_scale=250.0))  # what diffusers' pipeline can hold
     with torch.no_grad():
         for parameter in denoiser.parameters():  # zeros would let parts of the network sleep
             parameter.add_(0.02 * torch.randn_like(parameter))

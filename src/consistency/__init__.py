@@ -24,8 +24,11 @@ _LAZY = {
     "ConsistencyTraining": "consistency.methods.training",
     "ConsistencySampler": "consistency.sampling.samplers",
     "OdeSampler": "consistency.sampling.samplers",
-    "consistency_loss": "consistency.losses.consistency",
-    "denoising_loss": "consistency.losses.denoising",
+    "Method": "consistency.methods.base",
+    "Step": "consistency.methods.base",
+    "register_network": "consistency.models.register",
+    "register_parametrization": "consistency.models.register",
+    "add_noise": "consistency.ops",
     "karras_grid": "consistency.noise.grids",
     "to_uint8": "consistency.ops",
 }
@@ -36,15 +39,18 @@ __all__ = [
     "ConsistencySampler",
     "ConsistencyTraining",
     "Denoiser",
+    "Method",
     "Model",
     "OdeSampler",
+    "Step",
     "UNet",
     "__version__",
-    "consistency_loss",
-    "denoising_loss",
+    "add_noise",
     "karras_grid",
     "load",
     "load_denoiser",
+    "register_network",
+    "register_parametrization",
     "save_denoiser",
     "save_grid",
     "to_uint8",
@@ -54,15 +60,15 @@ if TYPE_CHECKING:
     from consistency.api import Model, load
     from consistency.checkpoints.io import load_denoiser, save_denoiser
     from consistency.data.files import save_grid
-    from consistency.losses.consistency import consistency_loss
-    from consistency.losses.denoising import denoising_loss
+    from consistency.methods.base import Method, Step
     from consistency.methods.distillation import ConsistencyDistillation
     from consistency.methods.edm import EDM
     from consistency.methods.training import ConsistencyTraining
     from consistency.models.denoiser import Denoiser
+    from consistency.models.register import register_network, register_parametrization
     from consistency.models.unet import UNet
     from consistency.noise.grids import karras_grid
-    from consistency.ops import to_uint8
+    from consistency.ops import add_noise, to_uint8
     from consistency.sampling.samplers import ConsistencySampler, OdeSampler
 
 

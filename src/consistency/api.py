@@ -20,7 +20,8 @@ from torch import Tensor
 
 from consistency.checkpoints.io import load_model
 from consistency.models.denoiser import Denoiser
-from consistency.ops import from_uint8, image_seeds, randn_of_seeds, to_uint8
+from consistency.models.register import import_modules
+from consistency.ops import add_noise, from_uint8, image_seeds, randn_of_seeds, to_uint8
 from consistency.sampling import views
 from consistency.sampling.drawing import Drawing, Labels, ViewOf
 from consistency.sampling.images import labels_of_seed
@@ -30,17 +31,19 @@ TWO_STEP = 0.821  # iCT's second level on CIFAR-10 (App. B)
 STROKE, STROKE_RATIO = 5.38, 2.24 / 5.38  # the two levels of CM, App. D, for 256 x 256 pixels
 
 
-def load(source: str | Path, weights: str | None = None, device: str = "auto") -> Model:
+def load(source: str | Path, weights: str | None = None, device: str = "auto", *, imports: Sequence[str] = ()) -> Model:
     """A trained model, ready to draw and to edit.
 
     Args:
         source: A run directory, a model folder, or a `.ckpt` file of a run.
         weights: `raw` or an average such as `ema0.999`; None for what the run exported.
         device: auto, cpu, cuda, cuda:1 or mps.
+        imports: Modules of your own that register the network or parametrization of this model.
 
     Raises:
         ValueError: if there is no model at `source`, or not these weights, or no such device.
     """
+    import_modules(imports)
     return Model(*load_model(source, weights), device=device)
 
 
@@ -60,7 +63,7 @@ class Model(Drawing):
 
     Args:
         denoiser: The model.
-        info: What it was saved with; `method` tells a diffusion model (EDM) from a consistency model.
+        info: What it was saved with.
         device: auto, cpu, cuda, cuda:1 or mps.
         batch_size: Images at a time.
     """
@@ -69,9 +72,7 @@ class Model(Drawing):
         self, denoiser: Denoiser, info: dict[str, Any] | None = None, *, device: str = "auto", batch_size: int = 256
     ) -> None:
         self.info = dict(info or {})
-        method = self.info.get("method")
-        is_consistency = method != "EDM" if method else denoiser.boundary > 0
-        super().__init__(denoiser, is_consistency=is_consistency, device=device, batch_size=batch_size)
+        super().__init__(denoiser, device=device, batch_size=batch_size)
 
     def sample(
         self,
@@ -176,7 +177,7 @@ class Model(Drawing):
                 raise ValueError(f"noisy images are {list(images.shape)}, the model's are [N, *{self.image_shape}]")
             return images.float()
         clean = from_uint8(self.images(images))
-        return clean + sigma * randn_of_seeds(image_seeds(seed, range(len(clean))), self.image_shape)(clean)
+        return add_noise(clean, randn_of_seeds(image_seeds(seed, range(len(clean))), self.image_shape)(clean), sigma)
 
     def interpolate(
         self,

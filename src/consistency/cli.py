@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import config
@@ -34,7 +34,10 @@ def _exit_codes(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(*args: Any) -> Any:
+        sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
         _refuse_null_groups(sys.argv[1:])
+        if os.getcwd() not in sys.path:  # last: a file of the user's must not take the place of a library
+            sys.path.append(os.getcwd())
         try:
             return command(*args)
         except SystemExit as end:
@@ -58,6 +61,35 @@ def _refuse_null_groups(arguments: list[str]) -> None:
             sys.exit(WRONG)
 
 
+# Options of version 0.1 and what they are called now; for one version.
+_RENAMED = {
+    "draw": "levels",
+    "noise.rho": "levels.rho",
+    "noise.sigma_data": "data.sigma_data",
+    "noise.noise_scale": "parametrization.noise_scale",
+    "noise": "model",
+    "network.label_dropout": "model.label_dropout",
+    "denoiser@method.denoiser": "parametrization",
+    "method.denoiser": "parametrization",
+    "method.draw": "method.levels",
+}
+
+
+def _renamed(argument: str) -> str:
+    """An override in today's words, with a line about it where it was in yesterday's."""
+    option, equals, value = argument.partition("=")
+    if argument == "experiment=null":
+        return "~experiment"  # which Hydra takes for it
+    prefix = option[: len(option) - len(option.lstrip("+~"))]
+    bare = option[len(prefix) :]
+    for old, new in _RENAMED.items():
+        if bare == old or bare.startswith(f"{old}."):
+            now = f"{new}{bare[len(old) :]}"
+            print(f"consistency: {bare} is called {now} now; the old name goes with the next version", file=sys.stderr)
+            return f"{prefix}{now}{equals}{value}"
+    return argument
+
+
 @_exit_codes
 @hydra.main(**_MAIN, config_name="train")
 def train(cfg: DictConfig) -> float | None:
@@ -71,8 +103,8 @@ def train(cfg: DictConfig) -> float | None:
         return train(cfg)
 
     if cfg.estimate is True:
-        return _one_line_errors(lambda: _estimate(cfg))
-    return _one_line_errors(lambda: start(cfg, job))
+        return _one_line_errors(cfg, lambda: _estimate(cfg))
+    return _one_line_errors(cfg, lambda: start(cfg, job))
 
 
 def _estimate(cfg: DictConfig) -> None:
@@ -94,7 +126,7 @@ def sample(cfg: DictConfig) -> None:
 
         sample(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -108,7 +140,7 @@ def edit(cfg: DictConfig) -> None:
 
         edit(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -122,7 +154,7 @@ def data(cfg: DictConfig) -> None:
 
         prepare(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -136,7 +168,7 @@ def convert(cfg: DictConfig) -> None:
 
         convert(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -150,7 +182,7 @@ def export(cfg: DictConfig) -> None:
 
         export(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -164,7 +196,7 @@ def evaluate(cfg: DictConfig) -> None:
 
         evaluate(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -178,7 +210,7 @@ def app(cfg: DictConfig) -> None:
 
         app(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -192,7 +224,7 @@ def search(cfg: DictConfig) -> None:
 
         search(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 @_exit_codes
@@ -206,7 +238,7 @@ def curve(cfg: DictConfig) -> None:
 
         curve(cfg)
 
-    _one_line_errors(job)
+    _one_line_errors(cfg, job)
 
 
 def report() -> None:
@@ -216,9 +248,13 @@ def report() -> None:
     sys.exit(main())
 
 
-def _one_line_errors(job: Any) -> Any:
+def _one_line_errors(cfg: DictConfig, job: Callable[[], Any]) -> Any:
     """Mistakes in the configuration end in one line; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
+        if cfg.get("imports"):
+            from consistency.models.register import import_modules
+
+            import_modules(OmegaConf.to_container(cfg.imports) if OmegaConf.is_config(cfg.imports) else cfg.imports)
         return job()
     except KeyboardInterrupt:
         if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":

@@ -22,6 +22,7 @@ EXPERIMENTS_DIR = _ROOT / "experiments"
 
 # Settings below these keys leave the result of a run as it is: they neither change its name nor keep it from going on.
 _NEUTRAL = (
+    "imports",
     "run_name",
     "study_name",
     "variant",
@@ -110,7 +111,8 @@ def run_name(choices: DictConfig, overrides: Sequence[str]) -> str:
     the place of the experiment's. The same command always finds its run again.
     """
     given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
-    base = given.get("variant", _base_name(choices))
+    is_own = "experiment" not in given and not {"method", "data"}.isdisjoint(given)  # not the recipe of the default
+    base = given.get("variant", f"{choices.get('method')}_{choices.get('data')}" if is_own else _base_name(choices))
     named = ("seed",) if "variant" in given else ("seed", "experiment")
     changing = sorted(
         override

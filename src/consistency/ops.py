@@ -21,6 +21,11 @@ def append_dims(x: Tensor, ndim: int) -> Tensor:
     return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
+def add_noise(x: Tensor, z: Tensor, sigma: Tensor | float) -> Tensor:
+    """x + sigma z, [B, C, H, W]: images under noise z ~ N(0, I) of level sigma, [B] or one for all."""
+    return x + (append_dims(sigma, x.ndim) if isinstance(sigma, Tensor) else sigma) * z
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on another device; on CUDA through pinned memory, so that nobody waits for the device."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

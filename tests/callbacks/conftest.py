@@ -13,10 +13,10 @@ from consistency.callbacks.ending import EndOfRun
 from consistency.callbacks.randomness import StepSeeds
 from consistency.data.datasets import ImageArray
 from consistency.data.module import ImageDataModule
-from consistency.losses.metrics import l2
+from consistency.methods.metrics import l2
 from consistency.methods.training import ConsistencyTraining
 from consistency.noise.curricula import FixedLevels
-from consistency.noise.draws import GridPairs, uniform_index
+from consistency.noise.levels import GridPairs, uniform_index
 from consistency.noise.weightings import uniform
 
 
@@ -24,8 +24,8 @@ from consistency.noise.weightings import uniform
 def make_method(make_denoiser):
     """A consistency training of the smallest UNet; options of the method."""
 
-    def make(denoiser=None, *, levels=4, **options):
-        parts = {"draw": GridPairs(FixedLevels(levels), uniform_index), "metric": l2, "weighting": uniform}
+    def make(denoiser=None, *, num_levels=4, **options):
+        parts = {"levels": GridPairs(FixedLevels(num_levels), uniform_index), "metric": l2, "weighting": uniform}
         parts["optimizer"] = partial(torch.optim.SGD, lr=0.1)
         return ConsistencyTraining(make_denoiser() if denoiser is None else denoiser, **{**parts, **options})
 

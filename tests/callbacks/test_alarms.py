@@ -12,7 +12,7 @@ from consistency.callbacks.checkpointing import RunCheckpoint
 from consistency.callbacks.health import TrainingLog
 from consistency.methods.edm import EDM
 from consistency.noise.curricula import FixedDecay
-from consistency.noise.draws import LogNormal
+from consistency.noise.levels import LogNormal
 from consistency.noise.weightings import uniform
 
 
@@ -154,7 +154,7 @@ def test_row_shows_what_it_is_and_the_count(make_method, train, rows, at, tmp_pa
 
 
 def test_patience(make_method, train, outputs, tmp_path):
-    watch, method = outputs(), make_method(levels=40)
+    watch, method = outputs(), make_method(num_levels=40)
     alarm = NonFinite(str(tmp_path), patience=3)
     # Two in a row are borne, the third ends the run.
     with pytest.raises(FloatingPointError, match=r"3 steps in a row.*step 3;.*nonfinite_rank0\.json"):
@@ -270,7 +270,7 @@ class TestCollapse:
         assert len(ours(caplog)) == 2
 
     def test_not_for_edm(self, make_denoiser):
-        method = EDM(make_denoiser(boundary=0.0), draw=LogNormal(-1.2, 1.2), weighting=uniform, optimizer=None)
+        method = EDM(make_denoiser(boundary=0.0), levels=LogNormal(-1.2, 1.2), weighting=uniform, optimizer=None)
         assert Collapse().columns(method) == {}
 
     def test_refuses_a_batch_without_variance(self):

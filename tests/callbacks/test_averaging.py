@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.testing import assert_close
 
 from consistency.callbacks.averaging import TargetEMA, WeightEMA
-from consistency.losses.metrics import l2
+from consistency.methods.metrics import l2
 from consistency.methods.training import ConsistencyTraining
 from consistency.noise.curricula import FixedDecay, FixedLevels
-from consistency.noise.draws import GridPairs, uniform_index
+from consistency.noise.levels import GridPairs, uniform_index
 from consistency.noise.weightings import uniform
 
 
@@ -19,7 +19,7 @@ def make_method(make_denoiser):
     def make(target_decay=None):
         return ConsistencyTraining(
             make_denoiser(),
-            draw=GridPairs(FixedLevels(4), uniform_index),
+            levels=GridPairs(FixedLevels(4), uniform_index),
             metric=l2,
             weighting=uniform,
             optimizer=partial(torch.optim.SGD, lr=0.1),

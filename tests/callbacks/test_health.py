@@ -26,7 +26,7 @@ def losses_in(row):
 
 
 def test_row_is_the_mean_over_its_steps(make_method, train, rows, outputs):
-    log, watch, method = rows(), outputs(), make_method(levels=40)
+    log, watch, method = rows(), outputs(), make_method(num_levels=40)
     training_log = TrainingLog(3)
     train(method, steps=7, accumulate=2, batch_size=16, callbacks=[watch, training_log], loggers=[log])
     assert [step for step, _ in log.rows] == [3, 6, 7]
@@ -81,7 +81,7 @@ def test_interrupted_row_goes_on(make_method, make_denoiser, train, rows, at, tm
         fresh, log = make_denoiser(), rows()
         fresh.load_state_dict(start)
         callbacks = [TrainingLog(3), *callbacks]
-        train(make_method(fresh, levels=40), steps=steps, callbacks=callbacks, loggers=[log], **options)
+        train(make_method(fresh, num_levels=40), steps=steps, callbacks=callbacks, loggers=[log], **options)
         return [(step, losses_in(row)) for step, row in log.rows]
 
     straight = run(6)

@@ -32,7 +32,7 @@ class TestAuto:
     def test_is_the_run_with_that_number(self, make_method, make_denoiser, train):
         denoiser, ends = make_denoiser(dropout=0.2), []
         for callbacks, accumulate in (([AutoAccumulate()], 1), ([], 4)):
-            method = make_method(copy.deepcopy(denoiser), levels=40, target_decay=FixedDecay(0.9))
+            method = make_method(copy.deepcopy(denoiser), num_levels=40, target_decay=FixedDecay(0.9))
             callbacks = [TargetEMA(), WeightEMA([0.5]), *callbacks]
             train(limit(method, 4), steps=3, batch_size=16, accumulate=accumulate, callbacks=callbacks)
             ends.append([*method.parameters(), *callbacks[1].averages["ema0.5"].values()])

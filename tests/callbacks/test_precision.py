@@ -5,10 +5,10 @@ import torch
 from test_ending import Overflow, ScaledOnly
 
 from consistency.callbacks.averaging import TargetEMA, WeightEMA
-from consistency.losses.consistency import consistency_loss
-from consistency.losses.metrics import pseudo_huber
+from consistency.methods.metrics import pseudo_huber
 from consistency.noise.curricula import DoublingLevels, FixedDecay
-from consistency.noise.draws import GridPairs, uniform_index
+from consistency.noise.levels import GridPairs, uniform_index
+from consistency.noise.weightings import inverse_gap
 
 
 def weights(method):
@@ -35,7 +35,7 @@ def test_clipping_acts_on_unscaled_gradients(make_method, make_denoiser, train):
 
 def test_step_that_the_scaler_skips_moves_nothing(make_method, train, outputs):
     """Weights, averages, target and curriculum are those of a run in which the step never was."""
-    method = make_method(draw=GridPairs(DoublingLevels(2, 16, 4), uniform_index), target_decay=FixedDecay(0.5))
+    method = make_method(levels=GridPairs(DoublingLevels(2, 16, 4), uniform_index), target_decay=FixedDecay(0.5))
     average, watch, seen = WeightEMA([0.9]), outputs(), []
 
     class Watch(TargetEMA):
@@ -57,7 +57,7 @@ def test_step_that_the_scaler_skips_moves_nothing(make_method, train, outputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_everything_around_the_network_is_float32(make_denoiser, dtype):
+def test_everything_around_the_network_is_float32(make_method, make_denoiser, fixed_random, dtype):
     """Levels, metric, weight and loss; the network itself is in half precision."""
     denoiser, seen = make_denoiser(), {}
     denoiser.network.register_forward_hook(lambda *args: seen.update(network=args[-1].dtype))
@@ -66,10 +66,16 @@ def test_everything_around_the_network_is_float32(make_denoiser, dtype):
         seen["metric"] = (a.dtype, b.dtype)
         return pseudo_huber(a, b)
 
+    def weighting(lo, hi):
+        seen["levels"] = (lo.dtype, hi.dtype)
+        return inverse_gap(lo, hi)
+
     x, hi, lo = torch.randn(2, 1, 4, 4), torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.9])
+    method = make_method(denoiser, metric=metric, weighting=weighting)
     with torch.autocast("cpu", dtype):
-        loss = consistency_loss(denoiser, denoiser, x, x, hi, lo, metric=metric, weight=1 / (hi - lo))
-    assert seen == {"network": dtype, "metric": (torch.float32, torch.float32)}
+        loss = method.step(x, torch.full((2,), -1), 0, fixed_random((lo, hi), torch.randn_like(x))).loss
+    both = (torch.float32, torch.float32)
+    assert seen == {"network": dtype, "metric": both, "levels": both}
     assert loss.dtype == torch.float32
     loss.sum().backward()
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in denoiser.parameters() if p.grad is not None)

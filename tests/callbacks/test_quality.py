@@ -16,10 +16,10 @@ from consistency.data.arrays import ImageArray
 from consistency.data.module import ImageDataModule
 from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.protocol import Evaluation
-from consistency.losses.metrics import l2
+from consistency.methods.metrics import l2
 from consistency.methods.training import ConsistencyTraining
 from consistency.noise.curricula import FixedLevels
-from consistency.noise.draws import GridPairs, uniform_index
+from consistency.noise.levels import GridPairs, uniform_index
 from consistency.noise.weightings import uniform
 from consistency.sampling.samplers import ConsistencySampler
 
@@ -47,7 +47,7 @@ def parts(make_denoiser, tmp_path):
     def build(num_samples=24, every_n_images=0, samplers=None, **options):
         method = ConsistencyTraining(
             make_denoiser(),
-            draw=GridPairs(FixedLevels(5), uniform_index),
+            levels=GridPairs(FixedLevels(5), uniform_index),
             metric=l2,
             weighting=uniform,
             optimizer=partial(torch.optim.Adam, lr=1e-2),

@@ -43,7 +43,7 @@ def test_same_run_twice(make_method, train, outputs):
     seen = []
     for _ in range(2):
         watch = outputs()
-        train(make_method(levels=1000), steps=3, accumulate=2, batch_size=8, callbacks=[watch])
+        train(make_method(num_levels=1000), steps=3, accumulate=2, batch_size=8, callbacks=[watch])
         seen.append(torch.stack([output.sigma for output in watch.seen]))
         torch.rand(7)
     assert torch.equal(*seen)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from consistency.checkpoints.diffusers import read_diffusers, save_pipeline
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM, Flow, TrigFlow
 from consistency.models.unet import UNet
 from consistency.noise.grids import karras_grid
 from consistency.ops import image_seeds, randn_of_seeds
@@ -30,12 +31,12 @@ ADM = {
 def make():
     """A consistency model with random weights everywhere (a fresh ADM is exactly zero)."""
 
-    def build(noise_scale=250.0, boundary=0.002, scalings="edm", **options):
+    def build(parametrization=EDM(boundary=0.002, noise_scale=250.0), **options):  # noqa: B008 (frozen)
         network = UNet(**{**ADM, **options})
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.normal_(std=0.1)
-        return Denoiser(network, boundary=boundary, noise_scale=noise_scale, scalings=scalings).eval()
+        return Denoiser(network, parametrization).eval()
 
     return build
 
@@ -90,9 +91,10 @@ def test_comes_back_as_it_went(make, tmp_path, options):
     ("options", "words"),
     [
         ({"adm": False}, r"DDPM\+\+ or NCSN\+\+"),
-        ({"noise_scale": 0.25}, r"250 ln\(sigma\), this model has noise_scale 0.25"),
-        ({"scalings": "flow"}, "scalings"),
-        ({"boundary": 0.0}, "a diffusion model, or ECT"),
+        ({"parametrization": EDM(boundary=0.002)}, r"250 ln\(sigma\), this model has noise_scale 0.25"),
+        ({"parametrization": Flow(0.002, 250.0)}, "EDM's parametrization, this model has Flow"),
+        ({"parametrization": TrigFlow()}, "EDM's parametrization, this model has TrigFlow"),
+        ({"parametrization": EDM(noise_scale=250.0)}, "a diffusion model, or ECT"),
         ({"norm_groups": None}, r"one number of groups, these have \[8, 16, 24, 32\] .*network\.norm_groups=32"),
         (
             {"head_channels": None, "num_heads": 2, "attention_resolutions": [16, 8]},
@@ -111,6 +113,11 @@ def test_model_that_diffusers_cannot_hold_is_refused_with_the_reason(make, tmp_p
     with pytest.raises(ValueError, match=f"diffusers cannot hold this model: .*{words}"):
         save_pipeline(make(**options), tmp_path / "pipe")
     assert not (tmp_path / "pipe").exists()
+
+
+def test_network_of_ones_own_is_refused(tiny_network, tmp_path):
+    with pytest.raises(ValueError, match="diffusers cannot hold this model: its network is a TinyNetwork, not a UNet"):
+        save_pipeline(Denoiser(tiny_network(), EDM(boundary=0.002, noise_scale=250.0)), tmp_path / "pipe")
 
 
 class TestReading:

@@ -3,6 +3,7 @@ import torch
 
 from consistency.checkpoints.edm import read_edm
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.ops import append_dims
 from snapshots import snapshot
 
@@ -23,7 +24,7 @@ def imported(published, tmp_path):
 def error(network, tensors, noise_scale=0.25):
     labels = tensors.get("class_labels")
     noisy = tensors["x"] * append_dims(tensors["sigma"], 4)
-    denoiser = Denoiser(network, boundary=0.0, noise_scale=noise_scale)
+    denoiser = Denoiser(network, EDM(noise_scale=noise_scale))
     raw = network(tensors["x"], tensors["c_noise"], labels) - tensors["network_output"]
     whole = denoiser(noisy, tensors["sigma"], labels) - tensors["denoised_edm"]
     return float(whole.abs().max() if noise_scale != 0.25 else max(raw.abs().max(), whole.abs().max()))

@@ -16,10 +16,10 @@ from consistency.checkpoints.io import (
     read_checkpoint,
     save_denoiser,
 )
-from consistency.losses.metrics import l2
+from consistency.methods.metrics import l2
 from consistency.methods.training import ConsistencyTraining
 from consistency.noise.curricula import FixedLevels
-from consistency.noise.draws import GridPairs, uniform_index
+from consistency.noise.levels import GridPairs, uniform_index
 from consistency.noise.weightings import uniform
 
 INFO = {"method": "ConsistencyTraining", "weights": "ema0.9", "images_seen": 64}
@@ -62,7 +62,7 @@ def write_ckpt(denoiser, average):
     def write(path, averages=True):
         method = ConsistencyTraining(
             denoiser,
-            draw=GridPairs(FixedLevels(4), uniform_index),
+            levels=GridPairs(FixedLevels(4), uniform_index),
             metric=l2,
             weighting=uniform,
             optimizer=partial(torch.optim.SGD, lr=0.1),
@@ -104,10 +104,14 @@ def test_fourier_buffer_survives(denoiser, make_denoiser, write_ckpt, tmp_path):
 
 def test_config_is_plain_json(denoiser, tmp_path):
     stored = json.loads((save_denoiser(denoiser, tmp_path, INFO) / "config.json").read_text())
-    assert stored["format"] == 2
+    assert stored["format"] == 3
     assert stored["info"] == INFO
-    assert stored["denoiser"]["boundary"] == 0.01
-    assert stored["denoiser"]["network"]["fourier_scale"] == 0.5
+    settings = stored["denoiser"]
+    assert settings["kind"] == "consistency"
+    assert settings["parametrization"]["name"] == "edm"
+    assert settings["parametrization"]["arguments"]["boundary"] == 0.01
+    assert settings["network"]["name"] == "unet"
+    assert settings["network"]["arguments"]["fourier_scale"] == 0.5
 
 
 def test_average_replaces_the_weights(denoiser, average, averaged, outputs, tmp_path):
@@ -181,23 +185,45 @@ def test_missing_things_are_named(denoiser, write_ckpt, tmp_path):
     assert load_model(folder, "ema0.9")[1] == INFO
 
 
-@pytest.mark.parametrize("number", [3, None])
+@pytest.mark.parametrize("number", [4, None])
 def test_unknown_format(denoiser, tmp_path, number):
     file = save_denoiser(denoiser, tmp_path, INFO) / "config.json"
     stored = json.loads(file.read_text())
     stored["format"] = number
     file.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=rf"config\.json has format {number}, this version reads 2"):
+    with pytest.raises(ValueError, match=rf"config\.json has format {number}, this version reads 3"):
         load_model(tmp_path)
+
+
+def network_of(stored):
+    return stored["denoiser"]["network"]["arguments"]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda stored: stored["denoiser"]["network"].update(colour=1), "unexpected keyword argument 'colour'"),
+        (
+            lambda stored: network_of(stored).update(colour=1),
+            "unexpected keyword argument 'colour'",
+        ),
         (lambda stored: stored.pop("denoiser"), "'denoiser'"),
-        (lambda stored: stored["denoiser"]["network"].update(channels=12), "size mismatch|Unexpected|Missing"),
-        (lambda stored: stored["denoiser"]["network"].update(num_blocks=0), "num_blocks must be at least 1"),
+        (lambda stored: network_of(stored).update(channels=12), "size mismatch|Unexpected|Missing"),
+        (
+            lambda stored: network_of(stored).update(num_blocks=0),
+            "network.num_blocks is 0; allowed: an integer, at least 1",
+        ),
+        (
+            lambda stored: stored["denoiser"]["network"].update(name="mine"),
+            "network 'mine' is not registered here.*imports",
+        ),
+        (
+            lambda stored: stored["denoiser"].update(kind="other"),
+            "kind is other; allowed: diffusion, consistency, flow_map",
+        ),
+        (
+            lambda stored: stored["denoiser"]["parametrization"]["arguments"].update(boundary=-1),
+            "boundary must be 0 or more, got -1",
+        ),
     ],
 )
 def test_changed_settings_are_one_line(denoiser, tmp_path, change, words):
@@ -242,15 +268,3 @@ def test_torn_checkpoint_is_named(write_ckpt, tmp_path, keep):
     os.truncate(path, keep if keep in (0, 100) else int(keep * size))
     with pytest.raises(ValueError, match=r"last\.ckpt is not a readable checkpoint"):
         load_model(path)
-
-
-def test_first_format_is_read_but_for_fourier_embeddings(make_denoiser, tmp_path):
-    for number, scale in enumerate([None, 16.0]):
-        folder = save_denoiser(make_denoiser(fourier_scale=scale), tmp_path / str(number), {"weights": "raw"})
-        stored = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**stored, "format": 1}))
-        if scale is None:
-            load_denoiser(folder)
-        else:
-            with pytest.raises(ValueError, match="has format 1"):
-                load_denoiser(folder)

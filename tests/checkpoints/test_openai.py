@@ -7,6 +7,7 @@ from consistency.checkpoints.edm import read_edm
 from consistency.checkpoints.layouts import openai_modules
 from consistency.checkpoints.openai import read_openai
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.ops import append_dims
 
@@ -34,7 +35,7 @@ def error(network, tensors, noise_scale=None, boundary=0.002):
     labels = tensors.get("class_labels")
     if noise_scale is None:
         return float((network(tensors["x"], tensors["c_noise"], labels) - tensors["network_output"]).abs().max())
-    denoiser = Denoiser(network, boundary=boundary, noise_scale=noise_scale)
+    denoiser = Denoiser(network, EDM(boundary=boundary, noise_scale=noise_scale))
     noisy = tensors["x"] * append_dims(tensors["sigma"], 4)
     expected = tensors["denoised_boundary" if boundary else "denoised_edm"]
     return float((denoiser(noisy, tensors["sigma"], labels) - expected).abs().max())

@@ -26,7 +26,7 @@ def test_settings_of_an_enormous_network_are_refused(tmp_path, option, value):
     network = UNet(image_size=8, in_channels=1, channels=8, channel_mult=(1,), num_blocks=1)
     save_denoiser(Denoiser(network), tmp_path, {})
     stored = json.loads((tmp_path / "config.json").read_text())
-    stored["denoiser"]["network"][option] = value
+    stored["denoiser"]["network"]["arguments"][option] = value
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"cannot be loaded"):
         load_model(tmp_path)

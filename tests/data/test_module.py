@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from consistency.data.datasets import ImageArray, digits
 from consistency.data.module import ImageDataModule, ShuffledBatches, warn_about_sigma_data
-from consistency.methods.progress import Progress, configure_optimizer
+from consistency.methods.progress import Progress
 from consistency.ops import derive_seed, from_uint8
 
 
@@ -132,7 +132,7 @@ def test_ranks_and_micro_batches_cut_the_same_batch():
 
 def test_data_set_of_single_items():
     assert equal(first_batches(module(Plain())), first_batches(module()))
-    assert module(Plain()).sigma_data() == module().sigma_data()
+    assert module(Plain()).measure_sigma_data() == module().measure_sigma_data()
 
 
 @pytest.mark.parametrize("dataset", [None, Plain()], ids=["batches", "items"])
@@ -196,17 +196,17 @@ def test_empty_batch():
 
 def test_sigma_data_of_digits():
     data = module(digits, image_size=8, channels=1, num_classes=10)
-    assert data.sigma_data() == pytest.approx(0.75, abs=0.01)
+    assert data.measure_sigma_data() == pytest.approx(0.75, abs=0.01)
     # A part says nearly as much, and always the same.
-    assert data.sigma_data(max_images=500) == pytest.approx(0.75, abs=0.02)
-    assert data.sigma_data(max_images=500) == data.sigma_data(max_images=500)
+    assert data.measure_sigma_data(max_images=500) == pytest.approx(0.75, abs=0.02)
+    assert data.measure_sigma_data(max_images=500) == data.measure_sigma_data(max_images=500)
 
 
 def test_sigma_data_is_around_the_mean_of_each_channel():
     levels = torch.tensor([[0, 255], [100, 100]], dtype=torch.uint8)  # [channel, image]
     images = levels.T.reshape(2, 2, 1, 1).expand(2, 2, 4, 4)
     # Standard deviation 1 in one channel, none in the other.
-    assert module(ImageArray(images, torch.zeros(2))).sigma_data() == pytest.approx(0.5**0.5, rel=1e-5)
+    assert module(ImageArray(images, torch.zeros(2))).measure_sigma_data() == pytest.approx(0.5**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("measured", [0.39, 0.41, 0.5, 0.59, 0.61])
@@ -214,7 +214,7 @@ def test_warning_about_sigma_data(caplog, measured):
     warned = measured in (0.39, 0.61)
     warn_about_sigma_data(measured, 0.5)
     assert bool(caplog.records) == warned
-    assert (f"Set noise.sigma_data={measured:.2f}" in caplog.text) == warned
+    assert (f"Set data.sigma_data={measured:.2f}" in caplog.text) == warned
 
 
 class Watch(L.LightningModule):
@@ -232,7 +232,9 @@ class Watch(L.LightningModule):
         return self.weight * 0
 
     def configure_optimizers(self):
-        return configure_optimizer([self.weight], lambda p: torch.optim.SGD(p, lr=1.0), None, self.progress)
+        optimizer = torch.optim.SGD([self.weight], lr=1.0)
+        optimizer.register_step_post_hook(lambda *_: self.progress.advance())
+        return optimizer
 
 
 def train(data, steps, *, accumulate=1, images_seen=0):
@@ -362,5 +364,5 @@ def test_sigma_data_of_a_set_that_is_decoded_looks_at_fewer_images():
             read.append(index)
             return IMAGES[index % 12], 0
 
-    module(Slow()).sigma_data()
+    module(Slow()).measure_sigma_data()
     assert len(set(read)) == 1000

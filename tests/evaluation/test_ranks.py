@@ -11,6 +11,7 @@ from consistency.evaluation.protocol import Evaluation
 from consistency.evaluation.references import Reference
 from consistency.evaluation.statistics import FeatureStatistics, Moments
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.sampling.samplers import ConsistencySampler
 
@@ -62,7 +63,7 @@ def sampled(rank, world_size):
     seen = []
     extractor.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     row = evaluation.measure_sampler(
-        Denoiser(network).eval(),
+        Denoiser(network, EDM(boundary=0.002)).eval(),
         ConsistencySampler([1.0]),
         extractor,
         reference,

@@ -24,6 +24,7 @@ from consistency.data.files import read_images
 from consistency.data.sources import Files, Zip
 from consistency.evaluation import storage
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.reading import read_npz, read_yaml
 from consistency.reports.study import read_study
@@ -74,13 +75,15 @@ def _network(**options):
 
 def _model(name):
     def make(folder):
-        return save_denoiser(Denoiser(_network()), folder, {"method": "CT", "weights": "raw"}) / name
+        return (
+            save_denoiser(Denoiser(_network(), EDM(boundary=0.002)), folder, {"method": "CT", "weights": "raw"}) / name
+        )
 
     return make
 
 
 def _checkpoint(folder):
-    denoiser = Denoiser(_network())
+    denoiser = Denoiser(_network(), EDM(boundary=0.002))
     state = {f"denoiser.{key}": value for key, value in denoiser.state_dict().items()}
     torch.save({"state_dict": state, "callbacks": {}, "consistency": {"method": "CT"}}, folder / "last.ckpt")
     return folder / "last.ckpt"

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from consistency.losses.denoising import denoising_loss
 from consistency.methods.edm import EDM
-from consistency.models.denoiser import Denoiser, flow_scalings
+from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import Flow
+from consistency.models.register import build
 from consistency.noise import weightings
-from consistency.noise.draws import FixedLevel, UniformTime
 from consistency.noise.grids import uniform_time
+from consistency.noise.levels import FixedLevel, UniformTime
 from consistency.sampling.samplers import OdeSampler, sample_euler
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def model(make_unet):
-    return Denoiser(make_unet(), boundary=0.0, scalings="flow").eval()
+    return Denoiser(make_unet(), Flow()).eval()
 
 
 def velocity(model, x_t, time):
@@ -27,14 +28,15 @@ def velocity(model, x_t, time):
     return model.network(x_t, 0.25 * ((1 - time) / time).log())
 
 
-def test_loss_is_that_of_the_velocity(model):
+def test_loss_is_that_of_the_velocity(model, fixed_random):
     x, z = torch.rand(8, 1, 4, 4) * 2 - 1, torch.randn(8, 1, 4, 4)
     time = torch.linspace(0.05, 0.95, 8)
     at = time.view(-1, 1, 1, 1)
     expected = (velocity(model, (1 - at) * z + at * x, time) - (x - z)).square().flatten(1).mean(1)
     sigma = (1 - time) / time
-    loss = denoising_loss(model, x, z, sigma, weight=weightings.velocity(sigma, sigma))
-    assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    method = EDM(model, levels=UniformTime(), weighting=weightings.velocity, optimizer=torch.optim.SGD)
+    step = method.step(x, torch.full((8,), -1), 0, fixed_random(sigma, z))
+    assert_close(step.loss, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_levels_of_the_path():
@@ -65,23 +67,25 @@ def test_uniform_time_draws_the_whole_path():
     assert_close(torch.histc(time, 4, 1 / 81, 1) / 20_000, torch.full((4,), 0.25), atol=0.02, rtol=0)
 
 
-def test_boundary_shifts_the_scalings_to_the_identity(make_unet):
-    scalings = flow_scalings(torch.tensor([0.002]), boundary=0.002)
-    assert (scalings.skip, scalings.out) == (1, 0)
-    student = Denoiser(make_unet(), boundary=0.002, scalings="flow").eval()
+def test_boundary_shifts_the_coefficients_to_the_identity(make_unet):
+    coefficients = Flow(boundary=0.002)(torch.tensor([0.002]))
+    assert (coefficients.skip, coefficients.out) == (1, 0)
+    student = Denoiser(make_unet(), Flow(boundary=0.002)).eval()
     x = torch.randn(3, 1, 4, 4)
     assert torch.equal(student(x, torch.full((3,), 0.002)), x)
 
 
-def test_unknown_scalings_are_refused(make_unet):
-    with pytest.raises(ValueError, match="edm or flow"):
-        Denoiser(make_unet(), scalings="vp")
+def test_unknown_parametrizations_are_refused():
+    with pytest.raises(ValueError, match=r"parametrization 'nothing' is not registered here; known: edm, flow, "):
+        build("parametrization", {"name": "nothing", "arguments": {}})
+    with pytest.raises(ValueError, match=r"parametrization 'flow' does not take these arguments: .*sigma_data"):
+        build("parametrization", {"name": "flow", "arguments": {"sigma_data": 0.5}})
 
 
 def test_fixed_level_trains_one_level(make_denoiser, fit, record):
     method = EDM(
         make_denoiser(boundary=0.0),
-        draw=FixedLevel(0.5),
+        levels=FixedLevel(0.5),
         weighting=weightings.edm,
         optimizer=partial(torch.optim.SGD, lr=0.1),
     )

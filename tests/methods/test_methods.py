@@ -5,21 +5,22 @@ import torch
 from torch.testing import assert_close
 
 from consistency.callbacks.averaging import TargetEMA
-from consistency.losses.metrics import l2, pseudo_huber
 from consistency.methods.distillation import ConsistencyDistillation
 from consistency.methods.edm import EDM
+from consistency.methods.metrics import l2, pseudo_huber
 from consistency.methods.progress import Progress
 from consistency.methods.training import ConsistencyTraining
+from consistency.models import parametrization
 from consistency.models.denoiser import Denoiser
 from consistency.noise import weightings
 from consistency.noise.curricula import DoublingLevels, FixedDecay, FixedLevels
-from consistency.noise.draws import GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
 from consistency.noise.grids import karras_grid
+from consistency.noise.levels import GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
 from consistency.sampling import views
 from consistency.sampling.steps import euler_step, heun_step
 
 sgd = partial(torch.optim.SGD, lr=0.1)
-PAIRS = {"draw": GridPairs(FixedLevels(40), uniform_index), "metric": l2, "weighting": weightings.uniform}
+PAIRS = {"levels": GridPairs(FixedLevels(40), uniform_index), "metric": l2, "weighting": weightings.uniform}
 
 
 def training(denoiser, **options):
@@ -87,7 +88,7 @@ def test_distillation_asks_the_teacher_for_the_target_input(teacher, fit, record
     assert len(asked) == evaluations
     for call, sigma in zip(asked, (hi.sigma, lo.sigma), strict=False):
         assert torch.equal(call.sigma, sigma)
-    # The teacher's own plain scalings, at the student's input.
+    # The teacher's own plain parametrization, at the student's input.
     assert_close(lo.x, solver(teacher.eval(), hi.x, hi.sigma, lo.sigma))
 
 
@@ -113,10 +114,14 @@ def test_distillation_starts_from_the_teacher(teacher):
 
 
 def test_distillation_keeps_the_teachers_settings(make_unet):
-    teacher = Denoiser(make_unet(), boundary=0.0, sigma_data=0.6, sigma_min=0.01, sigma_max=50.0, noise_scale=250.0)
-    draw = GridPairs(FixedLevels(4), uniform_index, sigma_min=0.01, sigma_max=50.0)
-    method = distillation(teacher, draw=draw)
-    assert method.denoiser.config == {**teacher.config, "boundary": 0.01}
+    own = parametrization.EDM(sigma_data=0.6, noise_scale=250.0)
+    teacher = Denoiser(make_unet(num_classes=3), own, sigma_min=0.01, sigma_max=50.0, label_dropout=0.1)
+    levels = GridPairs(FixedLevels(4), uniform_index, sigma_min=0.01, sigma_max=50.0)
+    method = distillation(teacher, levels=levels)
+    assert method.denoiser.parametrization == parametrization.EDM(sigma_data=0.6, boundary=0.01, noise_scale=250.0)
+    same = {"network", "sigma_min", "sigma_max", "label_dropout"}
+    assert {key: method.denoiser.config[key] for key in same} == {key: teacher.config[key] for key in same}
+    assert (method.denoiser.kind, method.teacher.kind) == ("consistency", "diffusion")
     with pytest.raises(ValueError, match="noise range"):
         distillation(teacher)
 
@@ -173,7 +178,62 @@ def test_distillation_refuses_a_consistency_model_as_teacher(make_denoiser):
 
 def test_edm_refuses_a_consistency_function(make_denoiser):
     with pytest.raises(ValueError, match="boundary"):
-        EDM(make_denoiser(boundary=0.002), draw=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+        EDM(make_denoiser(boundary=0.002), levels=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+
+
+@pytest.mark.parametrize("kind", ["ct", "cd"])
+def test_single_levels_are_refused_where_pairs_are_needed(make_method, kind):
+    with pytest.raises(ValueError, match=r"levels is LogNormal; allowed with Consistency\w+: uniform_index, .*pairs"):
+        make_method(kind, levels=LogNormal())
+
+
+@pytest.mark.parametrize("levels", [RatioPairs(steps_per_stage=2), PAIRS["levels"]])
+def test_edm_refuses_pairs(teacher, levels):
+    with pytest.raises(ValueError, match=rf"levels is {type(levels).__name__}; allowed with EDM: lognormal"):
+        EDM(teacher, levels=levels, weighting=weightings.edm, optimizer=sgd)
+
+
+def test_edm_refuses_a_weighting_of_pairs(teacher):
+    for weighting in (weightings.inverse_gap, partial(weightings.inverse_gap)):
+        with pytest.raises(ValueError, match=r"weighting is inverse_gap.*allowed with EDM: uniform, edm"):
+            EDM(teacher, levels=LogNormal(), weighting=weighting, optimizer=sgd)
+
+
+def test_levels_of_ones_own_are_welcome(make_denoiser, fit):
+    class Own:
+        def __call__(self, step, batch_size, device):
+            return torch.full((batch_size,), 0.1), torch.full((batch_size,), 0.2)
+
+        def describe(self, step):
+            return {}
+
+    fit(training(make_denoiser(), levels=Own()))
+
+
+def test_each_method_says_what_its_denoiser_is(make_denoiser, teacher):
+    # ECT's boundary is 0 as well: only the method tells it from EDM.
+    assert training(make_denoiser(boundary=0.0)).denoiser.kind == "consistency"
+    assert distillation(teacher).denoiser.kind == "consistency"
+    assert teacher.kind == "diffusion"
+    edm = EDM(make_denoiser(boundary=0.0), levels=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+    assert edm.denoiser.kind == "diffusion"
+
+
+def test_network_without_a_name_is_refused_before_it_is_trained(tiny_network, fit):
+    class Nameless(tiny_network):
+        pass
+
+    with pytest.raises(ValueError, match="Nameless has no name to be saved by"):
+        fit(training(Denoiser(Nameless(), parametrization.EDM(boundary=0.002))))
+
+
+@pytest.mark.parametrize(("solver", "guidance", "passes"), [(euler_step, 1, 2), (heun_step, 1, 3), (heun_step, 2, 5)])
+def test_passes_without_gradient_are_counted(make_denoiser, fit, record, solver, guidance, passes):
+    teacher = make_denoiser(boundary=0.0, num_classes=3, label_dropout=0.1)
+    method = distillation(teacher, solver=partial(solver), guidance=guidance)
+    assert method.network_passes == passes
+    assert training(make_denoiser()).network_passes == 1
+    assert EDM(teacher, levels=LogNormal(), weighting=weightings.edm, optimizer=sgd).network_passes == 0
 
 
 def outputs_of(method, fit):
@@ -187,7 +247,7 @@ def outputs_of(method, fit):
 
 def test_ict_weighs_by_the_gap_of_its_pairs(make_denoiser, fit, record):
     denoiser = make_denoiser()
-    options = {"draw": GridPairs(FixedLevels(11), lognormal_index), "metric": pseudo_huber}
+    options = {"levels": GridPairs(FixedLevels(11), lognormal_index), "metric": pseudo_huber}
     plain, weighted = (training(denoiser, weighting=w, **options) for w in (weightings.uniform, weightings.inverse_gap))
     weights = parameters(denoiser)
     calls = record(denoiser)
@@ -205,7 +265,7 @@ def test_ict_weighs_by_the_gap_of_its_pairs(make_denoiser, fit, record):
 
 def test_edm_weighs_by_its_level(make_denoiser, fit, record):
     denoiser = make_denoiser(boundary=0.0)
-    method = EDM(denoiser, draw=LogNormal(), weighting=weightings.edm, optimizer=partial(sgd, lr=0.0))
+    method = EDM(denoiser, levels=LogNormal(), weighting=weightings.edm, optimizer=partial(sgd, lr=0.0))
     calls = record(denoiser)
     result = outputs_of(method, fit)
     (call,) = calls
@@ -215,28 +275,28 @@ def test_edm_weighs_by_its_level(make_denoiser, fit, record):
     assert_close(result["loss"].detach(), result["per_sample"].mean())
 
 
-@pytest.mark.parametrize("draw", [RatioPairs(steps_per_stage=2), GridPairs(DoublingLevels(1, 8, 8), uniform_index)])
-def test_draw_and_decay_follow_the_optimizer_steps(make_denoiser, fit, draw):
+@pytest.mark.parametrize("levels", [RatioPairs(steps_per_stage=2), GridPairs(DoublingLevels(1, 8, 8), uniform_index)])
+def test_levels_and_decay_follow_the_optimizer_steps(make_denoiser, fit, levels):
     asked = []
 
     def decay(step):
         asked.append(step)
         return 0.5
 
-    method = training(make_denoiser(), draw=draw, target_decay=decay, metric=partial(pseudo_huber, c=0))
+    method = training(make_denoiser(), levels=levels, target_decay=decay, metric=partial(pseudo_huber, c=0))
     schedules, step = [], method.training_step
     method.training_step = lambda *args: schedules.append(step(*args)) or schedules[-1]
     fit(method, steps=3, accumulate=2, callbacks=[TargetEMA()])
     # Twice a step from the micro-batches, once from the callback that moves the target.
     assert asked == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    expected = [draw.describe(step) for step in (0, 0, 1, 1, 2, 2)]
+    expected = [levels.describe(step) for step in (0, 0, 1, 1, 2, 2)]
     assert [{**result["schedule"]} for result in schedules] == [{**one, "target_decay": 0.5} for one in expected]
 
 
 def test_ect_trains_through_its_clean_targets(make_denoiser, fit):
     method = training(
         make_denoiser(boundary=0.0),
-        draw=RatioPairs(steps_per_stage=10),
+        levels=RatioPairs(steps_per_stage=10),
         metric=partial(pseudo_huber, c=0),
         weighting=weightings.inverse_gap,
         optimizer=torch.optim.RAdam,
@@ -251,7 +311,7 @@ def test_ect_trains_through_its_clean_targets(make_denoiser, fit):
 @pytest.mark.parametrize("kind", ["ct", "cd", "edm"])
 def test_progress_counts_steps_and_images(make_method, make_denoiser, fit, kind):
     if kind == "edm":
-        method = EDM(make_denoiser(boundary=0.0), draw=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+        method = EDM(make_denoiser(boundary=0.0), levels=LogNormal(), weighting=weightings.edm, optimizer=sgd)
     else:
         method = make_method(kind)
     fit(method, steps=2, accumulate=3, batch_size=4)
@@ -287,7 +347,7 @@ def test_training_reduces_the_loss(make_denoiser, fit):
     # One image, so that f(x, sigma) = image is learnable at once.
     method = training(
         make_denoiser(random_weights=False, channels=16),
-        draw=GridPairs(FixedLevels(3), uniform_index),
+        levels=GridPairs(FixedLevels(3), uniform_index),
         optimizer=partial(torch.optim.Adam, lr=1e-2),
     )
     losses, step = [], method.training_step
@@ -301,7 +361,7 @@ def test_training_reduces_the_loss(make_denoiser, fit):
 def test_hidden_labels_are_hidden_from_all_networks(make_denoiser, fit, record, kind):
     model = make_denoiser(boundary=0.002 if kind == "ct" else 0.0, num_classes=3, label_dropout=0.3)
     if kind == "edm":
-        method = EDM(model, draw=LogNormal(), weighting=weightings.edm, optimizer=sgd)
+        method = EDM(model, levels=LogNormal(), weighting=weightings.edm, optimizer=sgd)
     else:
         method = distillation(model) if kind == "cd" else training(model, target_decay=FixedDecay(0.5))
     others = {"ct": "target", "cd": "teacher", "edm": "denoiser"}

@@ -5,7 +5,8 @@ from consistency.models.flops import flops_of_image
 
 def test_one_convolution_by_hand(make_denoiser):
     config = make_denoiser().config
-    wider = {**config, "network": {**config["network"], "num_blocks": 3}}
+    network = config["network"]
+    wider = {**config, "network": {**network, "arguments": {**network["arguments"], "num_blocks": 3}}}
     # Blocks of 8 channels at 4x4: two 3x3 convolutions and an embedding layer each; skips of the decoder are 1x1.
     block = 2 * (2 * 9 * 8 * 8 * 16) + 2 * 32 * 8
     decoder = block + 2 * 9 * 8 * 8 * 16 + 2 * 16 * 8 * 16  # its first convolution takes 16 channels

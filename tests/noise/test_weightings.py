@@ -3,8 +3,8 @@ import torch
 from torch.testing import assert_close
 
 from consistency.noise import weightings
-from consistency.noise.draws import lognormal_index
 from consistency.noise.grids import karras_grid
+from consistency.noise.levels import lognormal_index
 
 SIGMA_HI = torch.tensor([0.002, 0.5, 2.0, 80.0])
 SIGMA_LO = SIGMA_HI / 2

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-TARGETS = {"l2": "consistency.losses.metrics.l2", "pseudo_huber": "consistency.losses.metrics.pseudo_huber"}
+TARGETS = {"l2": "consistency.methods.metrics.l2", "pseudo_huber": "consistency.methods.metrics.pseudo_huber"}
 
 
 def composed(seed, *, metric="l2", c=None, lr=0.001, start=10, steps=100, variant=None):

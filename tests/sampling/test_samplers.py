@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
 from consistency.noise.grids import descending_with_zero, karras_grid
 from consistency.ops import randn_of_seeds
 from consistency.sampling.samplers import (
@@ -226,7 +227,7 @@ def test_multistep_images_depend_on_their_own_seeds_only(make_denoiser):
     "sampler", [ConsistencySampler(), ConsistencySampler([0.821]), OdeSampler(sample_heun, num_steps=3)]
 )
 def test_samplers_start_at_the_models_own_sigma_max(sampler, make_unet, record):
-    model = Denoiser(make_unet(num_classes=2), boundary=0.01, sigma_min=0.01, sigma_max=50.0)
+    model = Denoiser(make_unet(num_classes=2), EDM(boundary=0.01), sigma_min=0.01, sigma_max=50.0)
     calls, noise, labels = record(model), torch.randn(2, *model.image_shape), torch.tensor([0, 1])
     images = sampler(model, noise, labels)
     assert images.shape == noise.shape
@@ -239,7 +240,7 @@ def test_samplers_start_at_the_models_own_sigma_max(sampler, make_unet, record):
 
 
 def test_consistency_sampler_renoises_with_the_models_sigma_min(make_unet, record):
-    model = Denoiser(make_unet(), boundary=0.3, sigma_min=0.3)
+    model = Denoiser(make_unet(), EDM(boundary=0.3), sigma_min=0.3)
     calls = record(model)
     noise = torch.randn(1, *model.image_shape)
     ConsistencySampler([0.5])(model, noise, randn_like=torch.ones_like)
@@ -248,7 +249,7 @@ def test_consistency_sampler_renoises_with_the_models_sigma_min(make_unet, recor
 
 
 def test_ode_sampler_covers_the_models_range(make_unet, record):
-    model = Denoiser(make_unet(), boundary=0.0, sigma_min=0.01, sigma_max=50.0)
+    model = Denoiser(make_unet(), EDM(), sigma_min=0.01, sigma_max=50.0)
     calls = record(model)
     OdeSampler(sample_euler, num_steps=4, rho=3.0)(model, torch.randn(1, *model.image_shape))
     expected = karras_grid(4, sigma_min=0.01, sigma_max=50.0, rho=3.0).flip(0).float()

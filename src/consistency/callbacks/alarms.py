@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.data.module import ShuffledBatches
-from consistency.methods.edm import EDM
 from consistency.ops import send
 
 log = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ class Collapse(Callback):
 
     def columns(self, pl_module: Any) -> dict[str, float]:
         """For the row of `TrainingLog`: measure, and warn once a fall."""
-        if isinstance(pl_module, EDM):
+        if pl_module.kind == "diffusion":
             return {}
         variance = self.measure(pl_module.denoiser)
         if math.isfinite(variance):

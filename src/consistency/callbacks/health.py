@@ -74,7 +74,7 @@ class TrainingLog(Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Keep the gradient norm of the step that will be logged; unscaled under fp16."""
         if (pl_module.progress.step + 1) % self.every_n_steps == 0:
-            grads = [p.grad for p in pl_module.denoiser.parameters() if p.grad is not None]
+            grads = [p.grad for p in pl_module.trained_parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(grads)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

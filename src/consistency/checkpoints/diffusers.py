@@ -13,6 +13,7 @@ from consistency.checkpoints.sizes import check_network
 from consistency.checkpoints.tensors import read_tensors
 from consistency.models.denoiser import Denoiser
 from consistency.models.layers import SelfAttention
+from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.reading import read_json
 
@@ -60,7 +61,7 @@ def read_diffusers(source: str | Path) -> tuple[UNet, dict[str, Any]]:
     with described(folder, "a diffusers pipeline"):
         tensors = _stack_qkv(tensors)
         ours = _our_config(config, str(folder))
-        check_network(ours, tensors)
+        check_network({"name": "unet", "arguments": ours}, tensors)
         network = UNet(**ours)
         fill(network, tensors, diffusers_modules(network), source=str(weights), label_table=True)
     return network, {name: scheduler.get(name) for name in ("sigma_data", "sigma_min", "sigma_max")}
@@ -85,7 +86,7 @@ def save_pipeline(denoiser: Denoiser, folder: str | Path, *, num_levels: int = 4
     except ImportError as error:
         raise ValueError("format=diffusers needs the package diffusers: pip install 'consistency[export]'") from error
     unet = UNet2DModel(**config)
-    modules = diffusers_modules(denoiser.network)
+    modules = diffusers_modules(denoiser.network)  # type: ignore[arg-type]
     state = {f"{modules[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in _weights(denoiser.network)}
     theirs = unet.state_dict()
     unet.load_state_dict({key: value.reshape(theirs[key].shape) for key, value in _split_qkv(state).items()})
@@ -93,7 +94,7 @@ def save_pipeline(denoiser: Denoiser, folder: str | Path, *, num_levels: int = 4
         num_train_timesteps=num_levels,
         sigma_min=denoiser.sigma_min,
         sigma_max=denoiser.sigma_max,
-        sigma_data=denoiser.sigma_data,
+        sigma_data=getattr(denoiser.parametrization, "sigma_data", 0.5),
         clip_denoised=False,
     )
     ConsistencyModelPipeline(unet.eval(), scheduler).save_pretrained(folder)
@@ -145,18 +146,23 @@ def _our_config(config: dict[str, Any], source: str) -> dict[str, Any]:
 def _their_config(denoiser: Denoiser) -> dict[str, Any]:
     """Arguments of UNet2DModel, or the reason why there are none."""
     network = denoiser.network
+    parametrization = denoiser.parametrization
+    is_edm, noise_scale = isinstance(parametrization, EDM), getattr(parametrization, "noise_scale", None)
+    if not isinstance(network, UNet):
+        raise ValueError(f"diffusers cannot hold this model: its network is a {type(network).__name__}, not a UNet; "
+                         "use format=safetensors")  # fmt: skip
     own = network.config
     groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
     attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
     heads = {attention.proj.in_channels // attention.num_heads for attention in attentions}
     reasons = {
         "its networks are ADM, this one is a DDPM++ or NCSN++ (network.adm=false)": not own["adm"],
-        f"its scheduler feeds the network 250 ln(sigma), this model has noise_scale {denoiser.noise_scale:g}": (
-            denoiser.noise_scale != NOISE_SCALE
+        f"its scheduler has EDM's parametrization, this model has {type(parametrization).__name__}": not is_edm,
+        f"its scheduler feeds the network 250 ln(sigma), this model has noise_scale {noise_scale}": (
+            noise_scale != NOISE_SCALE
         ),
         f"its scheduler makes the model the identity at sigma_min={denoiser.sigma_min:g}, this one is it at "
         f"{denoiser.boundary:g} (a diffusion model, or ECT)": denoiser.boundary != denoiser.sigma_min,
-        f"its scheduler has EDM's scalings, this model has those of {denoiser.scalings}": denoiser.scalings != "edm",
         f"it has no skip_scale, this network has {own['skip_scale']:g}": own["skip_scale"] != 1,
         "it has no Fourier embedding of a chosen scale": own["fourier_scale"] is not None,
         "it has no input pyramid": own["input_pyramid"],
@@ -200,7 +206,7 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
     }
 
 
-def _weights(network: UNet) -> list[tuple[str, Tensor]]:
+def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
     """Our state dict with the label embedding as a table [classes, channels]."""
     state = network.state_dict()
     return [(key, value.T if key == "embed_label.weight" else value) for key, value in state.items()]

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from consistency.checkpoints.layouts import described, edm_modules, fill, ratio, rows_from_head_dim_three
 from consistency.checkpoints.pickles import LEGACY_MAGIC, Record, read_pickle
 from consistency.checkpoints.sizes import check_network
 from consistency.checkpoints.tensors import is_zip, read_tensors
+from consistency.models.parametrization import Parametrization
+from consistency.models.register import build, describe_parametrization, find
+from consistency.models.table1 import IDDPM
 from consistency.models.unet import UNet
 
 log = logging.getLogger(__name__)
 HEAD_CHANNELS = 64  # of DhariwalUNet
-PRECONDITIONING = ("EDMPrecond", "ECMPrecond")  # ECT's snapshots hold the latter
+# Class of a snapshot -> our parametrization; ECT's snapshots hold the second.
+PRECONDITIONING = {
+    "EDMPrecond": "edm",
+    "ECMPrecond": "edm",
+    "VPPrecond": "vp",
+    "VEPrecond": "ve",
+    "iDDPMPrecond": "iddpm",
+}
 
 
-def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[UNet, dict[str, Any]]:
-    """The EMA network of a snapshot, and what the snapshot says of itself (`sigma_data`, `class_name`).
+def read_edm(
+    source: str | Path, *, head_channels: int | None = None, parametrization: Parametrization | None = None
+) -> tuple[UNet, dict[str, Any]]:
+    """The EMA network of a snapshot, and what the snapshot says of itself.
 
     Nothing in the file is executed. Its size, widths, filters, classes and augmentation labels are read off names and
     shapes; heads and dropout off the modules, where the file holds modules.
@@ -29,6 +43,12 @@ def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[U
     Args:
         source: The file.
         head_channels: Channels per attention head of an ADM; None for what the file says, or 64.
+        parametrization: Of `models.table1`, for a state dict, which does not say it; None for what the file says, or
+            EDM's. A state dict of iDDPM is known by its levels.
+
+    Returns:
+        The network, and `class_name`, with `sigma_data` of EDM's, `boundary` of ECT's, or `parametrization` (name and
+        arguments, for `register.build`), `sigma_min` and `sigma_max` of the others'; a state dict may say none of it.
 
     Raises:
         ValueError: if the file is not such a network, or asks for anything to be run.
@@ -37,7 +57,13 @@ def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[U
         tensors, said = _read(Path(source))
         tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
         filters = {name: tensors.pop(name) for name in list(tensors) if name.endswith("resample_filter")}
+        own = _parametrization(said, tensors.pop("u", None), parametrization, str(source))
         config = _config(tensors, str(source), filters)
+        if config["out_channels"] is not None and not isinstance(own, IDDPM):
+            raise ValueError(
+                f"{source} has {config['out_channels']} outputs for {config['in_channels']} channels, as only iDDPM's "
+                "have; set parametrization=iddpm if it is one"
+            )
         known = said.pop("head_channels", None) if config["adm"] else "all (one head)"
         if head_channels is not None and known not in (None, head_channels):
             raise ValueError(f"head_channels is {head_channels}; {source} says {known}; leave head_channels=null")
@@ -45,7 +71,7 @@ def read_edm(source: str | Path, *, head_channels: int | None = None) -> tuple[U
             config["head_channels"] = head_channels or known or HEAD_CHANNELS
         said.pop("head_channels", None)
         config["dropout"] = said.pop("dropout", 0.0)
-        check_network(config, tensors)
+        check_network({"name": "unet", "arguments": config}, tensors)
         network = UNet(**config)
         fill(
             network,
@@ -70,13 +96,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} holds no network under 'ema'; expected a snapshot of NVlabs/edm")
     if model.class_name not in PRECONDITIONING:
         raise ValueError(
-            f"{path} holds a {model.class_name or 'module'}; this converter reads {' and '.join(PRECONDITIONING)} "
-            "(other preconditionings and EDM2's networks are other models)"
+            f"{path} holds a {model.class_name or 'module'}; this converter reads {', '.join(PRECONDITIONING)} "
+            "(EDM2's networks are other models)"
         )
-    said: dict[str, Any] = {
-        "class_name": model.class_name,
-        "sigma_data": float(model.attributes.get("sigma_data", 0.5)),
-    }
+    said: dict[str, Any] = {"class_name": model.class_name}
+    if PRECONDITIONING[model.class_name] == "edm":
+        said["sigma_data"] = float(model.attributes.get("sigma_data", 0.5))
+    else:
+        said |= _said_of_parametrization(PRECONDITIONING[model.class_name], model.attributes)
     if model.class_name == "ECMPrecond":
         # In eval mode ECT's models are the identity at 0.003, where its loss has the identity at 0.
         said["boundary"] = float(model.attributes.get("sigma_min", 0.003))
@@ -86,6 +113,40 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if blocks:
         said["dropout"] = float(blocks[0].get("dropout", 0.0))
     return dict(model.tensors()), said
+
+
+def _said_of_parametrization(name: str, attributes: dict[str, Any]) -> dict[str, Any]:
+    """What the attributes of a module say, which are called as the fields of our class."""
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(find("parametrization", name))}
+    arguments = {key: type(default)(attributes.get(key, default)) for key, default in defaults.items()}
+    said: dict[str, Any] = {"parametrization": {"name": name, "arguments": arguments}}
+    return said | {bound: float(attributes[bound]) for bound in ("sigma_min", "sigma_max") if bound in attributes}
+
+
+def _parametrization(said: dict[str, Any], levels: Tensor | None, wanted: Any, source: str) -> Any:
+    """The file's parametrization, which is put into `said`; None for EDM's.
+
+    Args:
+        said: What the file says.
+        levels: `u` in the file: iDDPM's levels, by which its state dicts are known too.
+        wanted: The parametrization that the caller names, or None.
+        source: For messages.
+    """
+    own = wanted
+    if "class_name" in said:
+        own = build("parametrization", said["parametrization"]) if "parametrization" in said else None
+        if wanted not in (None, own):
+            raise ValueError(f"parametrization is {wanted}; {source} says {own or 'EDM'}; leave parametrization=null")
+    elif own is None and levels is not None:
+        own = IDDPM(M=len(levels) - 1)
+    if levels is not None:
+        # They follow from the arguments, which a state dict does not hold. Theirs were found in float32.
+        expected = own.levels() if isinstance(own, IDDPM) else levels.new_zeros(0)
+        if levels.shape != expected.shape or not torch.allclose(levels.double(), expected, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"the levels u in {source} are not those of {own or 'EDM'}")
+    if own is not None:
+        said["parametrization"] = describe_parametrization(own)
+    return own
 
 
 def _config(tensors: dict[str, Tensor], source: str, filters: dict[str, Tensor]) -> dict[str, Any]:
@@ -105,11 +166,13 @@ def _config(tensors: dict[str, Tensor], source: str, filters: dict[str, Tensor])
     widths = [tensors[f"enc.{r}x{r}_block0.conv1.weight"].shape[0] for r in resolutions]
     count = sum(re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", name) is not None for name in tensors)
     labels, augment = tensors.get("map_label.weight"), tensors.get("map_augment.weight")
+    last = tensors.get("out_conv.weight" if adm else f"dec.{size}x{size}_aux_conv.weight")
     pyramid = any("_aux_residual." in name for name in tensors)
     affine = tensors[f"enc.{size}x{size}_block0.affine.weight"]
     return {
         "image_size": size,
         "in_channels": in_channels,
+        "out_channels": None if last is None or len(last) == in_channels else len(last),
         "num_classes": 0 if labels is None else labels.shape[1],
         "channels": channels,
         "channel_mult": [ratio(width, channels) for width in widths],

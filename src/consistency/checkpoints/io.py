@@ -19,10 +19,11 @@ from consistency.checkpoints.sizes import check_network, check_tensors
 from consistency.checkpoints.tensors import check_before_loading, read_tensors, what_torch_said
 from consistency.files import CHECKPOINT, MODEL_FOLDER
 from consistency.models.denoiser import Denoiser
+from consistency.models.legacy import upgrade_config
 from consistency.reading import first_line, read_json
 from consistency.whole import damage_of
 
-FORMAT = 2  # 1: as 2, but a Fourier embedding had its halves the other way round
+FORMAT = 3  # 2: other words, see models.legacy. 1: as 2, but a Fourier embedding had its halves the other way round
 
 
 def save_denoiser(
@@ -119,15 +120,16 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
     with _described(f"the model folder {folder}"):
         turned = stored.get("format") == 1 and stored["denoiser"]["network"].get("fourier_scale") is not None
         info = dict(stored.get("info", {}))
-    if stored.get("format") not in (1, FORMAT) or turned:
+    if stored.get("format") not in (1, 2, FORMAT) or turned:
         raise ValueError(f"{folder / 'config.json'} has format {stored.get('format')!r}, this version reads {FORMAT}")
     if weights not in (None, info.get("weights")):
         raise ValueError(
             f"{folder} holds the weights {info.get('weights')}, not {weights}; load the run's .ckpt instead"
         )
     with _described(f"the model folder {folder}"):
-        check_network(stored["denoiser"]["network"], tensors)
-        denoiser = Denoiser.from_config(stored["denoiser"])
+        config = upgrade_config(stored["denoiser"], info.get("method"))
+        check_network(config["network"], tensors)
+        denoiser = Denoiser.from_config(config)
         denoiser.network.load_state_dict(tensors)
     return denoiser.eval(), info
 
@@ -162,6 +164,7 @@ def _load_checkpoint(path: Path, weights: str | None) -> tuple[Denoiser, dict[st
     with _described(str(path)):
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         check_tensors((value for value in own.values() if isinstance(value, Tensor)), path.stat().st_size)
+        config = upgrade_config(config, checkpoint.get("consistency", {}).get("method"))
         check_network(config["network"], own)
         denoiser = Denoiser.from_config(config)
         denoiser.load_state_dict(own | averages.get(weights, {}))

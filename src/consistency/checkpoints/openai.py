@@ -43,7 +43,7 @@ def read_openai(
         )
     with described(source, "OpenAI's layout"):
         config = _config(tensors, str(source), image_size, head_channels, num_heads)
-        check_network(config, tensors)
+        check_network({"name": "unet", "arguments": config}, tensors)
         network = UNet(**config)
         # The rows of qkv are in our order, although the class is called QKVAttentionLegacy (unet.py:397-438).
         fill(network, tensors, openai_modules(network), source=str(source), label_table=True)

@@ -10,31 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.models.unet import UNet
+from consistency.models.register import find
 
 _SLACK = 10_000_000  # numbers that a network may have beyond those of its file, so that the error can name what lacks
 _MAX_SIDE = 8192  # pixels
 _MAX_TAPS = 32
 
 
-def check_network(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Refuse settings of a network that is far larger than the tensors that should fill it.
+def check_network(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Refuse settings of a network of this package that is far larger than the tensors that should fill it.
 
     Args:
-        config: Arguments of `UNet`; of wrong types they fail with whatever error they cause.
+        description: Name and arguments of a registered network; wrong types fail with whatever error they cause.
         tensors: By name.
 
     Raises:
         ValueError: with both sizes.
     """
+    cls, arguments = find("network", description["name"]), description["arguments"]
+    if not cls.__module__.startswith("consistency."):
+        return  # it may not bear to be built without memory
     sizes = [value.numel() for value in tensors.values() if isinstance(value, Tensor)]
-    blocks = len(config["channel_mult"]) * config["num_blocks"]
+    blocks = len(arguments.get("channel_mult", [1])) * max(arguments.get(name, 0) for name in ("num_blocks", "depth"))
     if not blocks <= len(sizes) + 1:  # each has several tensors
         raise ValueError(f"its settings ask for {blocks:,} blocks, it holds {len(sizes):,} tensors")
-    if config["image_size"] > _MAX_SIDE or len(config.get("resample_filter", ())) > _MAX_TAPS:
+    if arguments["image_size"] > _MAX_SIDE or len(arguments.get("resample_filter", ())) > _MAX_TAPS:
         raise ValueError(f"image_size is at most {_MAX_SIDE} and resample_filter has at most {_MAX_TAPS} taps")
     with torch.device("meta"):  # shapes without memory
-        needed = sum(value.numel() for value in UNet(**config).state_dict().values())
+        needed = sum(value.numel() for value in cls(**arguments).state_dict().values())
     if needed > 2 * sum(sizes) + _SLACK:
         raise ValueError(f"its settings ask for a network of {needed:,} numbers, it holds {sum(sizes):,}")
 

@@ -89,6 +89,7 @@ class ImageDataModule(L.LightningDataModule):
         image_size: Checked against the data.
         channels: Checked against the data.
         num_classes: Checked against the labels.
+        sigma_data: Standard deviation of the pixels in [-1, 1], as preconditioning and weighting take it.
         num_workers: Loader processes; 0 is right for data in memory or in a cache.
         flip: Mirror each image left to right with probability 1/2.
         augment: `(images [B, C, H, W] in [-1, 1], CPU generator) -> (images, augmentation labels [B, 9])`. Batches are
@@ -109,6 +110,7 @@ class ImageDataModule(L.LightningDataModule):
         image_size: int,
         channels: int,
         num_classes: int = 0,
+        sigma_data: float = 0.5,
         num_workers: int = 0,
         flip: bool = False,
         augment: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
@@ -117,7 +119,9 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}; change data.batch_size")
-        self._source = dataset
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}; change data.sigma_data")
+        self._source, self.sigma_data = dataset, sigma_data
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.image_shape, self.num_classes = (channels, image_size, image_size), num_classes
         self.flip, self.augment, self.on_device = flip, augment, on_device
@@ -169,7 +173,7 @@ class ImageDataModule(L.LightningDataModule):
         for indices in torch.arange(len(self.dataset)).split(batch_size):
             yield self._fetch(indices.tolist())[0]
 
-    def sigma_data(self, max_images: int | None = None) -> float:
+    def measure_sigma_data(self, max_images: int | None = None) -> float:
         """Standard deviation of the pixels in [-1, 1] around their channel mean, over at most `max_images` images.
 
         By default 10,000, or 1,000 of a set that is decoded on the fly (a start should not take a minute).
@@ -262,11 +266,11 @@ class ImageDataModule(L.LightningDataModule):
 
 
 def warn_about_sigma_data(measured: float, setting: float) -> None:
-    """Warn when the data's standard deviation is more than 20 % off the setting that all scalings use."""
+    """Warn when the data's standard deviation is more than 20 % off the setting that preconditioning uses."""
     if abs(measured / setting - 1) > 0.2:
         log.warning(
-            "noise.sigma_data is %s, but the data has a standard deviation of %.3f in [-1, 1]; the preconditioning is "
-            "off. Set noise.sigma_data=%.2f",
+            "data.sigma_data is %s, but the data has a standard deviation of %.3f in [-1, 1]; the preconditioning is "
+            "off. Set data.sigma_data=%.2f",
             setting,
             measured,
             measured,

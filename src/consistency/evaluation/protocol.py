@@ -27,6 +27,7 @@ from consistency.evaluation.residual import ResidualRecipe
 from consistency.evaluation.storage import digest_of
 from consistency.models.denoiser import Denoiser
 from consistency.sampling.images import counted, draw_images, labels_of_seed
+from consistency.sampling.samplers import described
 
 
 def inception(
@@ -217,8 +218,9 @@ class Evaluation:
         with counted(denoiser) as evaluations, source as ready:
             scores = self.measure(told(ready), extractor, reference)
         nfe = evaluations() // max(taken, 1)
-        levels = [float(f"{level:.6g}") for level in sampler.levels(denoiser)]
-        drawn_by = {"sampler": repr(sampler), "levels": levels, "nfe": nfe, "seed": seed}
+        own = sampler.levels(denoiser) if hasattr(sampler, "levels") else []  # a plain function says none
+        levels = [float(f"{level:.6g}") for level in own]
+        drawn_by = {"sampler": described(sampler), "levels": levels, "nfe": nfe, "seed": seed}
         return {**scores, **drawn_by, **self.about(extractor, reference)}
 
     @property

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
-import lightning as L
-import torch
 from torch import Tensor
 
-from consistency.losses.consistency import Metric
-from consistency.methods.progress import Progress, check_target_moves, configure_optimizer
-from consistency.methods.step import consistency_step
+from consistency.methods.training import ConsistencyTraining
 from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
-from consistency.models.unet import UNet
-from consistency.noise.draws import PairDraw
+from consistency.models.register import rebuilt
+from consistency.ops import add_noise
+from consistency.sampling.steps import heun_step
 from consistency.sampling.views import guided
 
 
-class ConsistencyDistillation(L.LightningModule):
+class ConsistencyDistillation(ConsistencyTraining):
     """Learn f(x, sigma) from a diffusion model: x_lo is one ODE step of the teacher from x_hi.
 
     The online and the target network have the teacher's architecture, start from its (EMA) weights, and take the
-    consistency scalings; the teacher keeps the plain ones. The teacher is always in eval mode, the target in the mode
-    of the online network, because they share dropout masks.
+    consistency boundary at sigma_min; the teacher keeps the plain one. The teacher is always in eval mode, the target
+    in the mode of the online network, because they share dropout masks.
 
     Args:
-        teacher: D_phi, an EDM model.
+        teacher: D_phi, a diffusion model.
         solver: `euler_step` or `heun_step` (CM, Sec. 4; Heun is better at equal N, Fig. 3b).
-        draw: `(step, batch, device) -> (sigma_lo, sigma_hi)`, each [B].
-        metric: d.
-        weighting: `(sigma_lo, sigma_hi) -> [B]`.
-        optimizer: Parameters -> optimizer.
-        target_decay: mu(k); None means mu = 0: the target is the online network (CM's CIFAR-10 runs).
         dropout: Of the online and target network; the papers' 0.
         guidance: Weight of classifier-free guidance of the teacher, which must have hidden labels in training; 1: none.
-        lr_schedule: Optimizer -> schedule, stepped once per optimizer step; None for a constant rate.
+        **options: levels, metric, weighting, target_decay (None: CM's CIFAR-10 runs), optimizer and lr_schedule, as of
+            `ConsistencyTraining`.
 
     Raises:
-        ValueError: if the teacher is itself a consistency model, or its noise range is not that of the draw.
+        ValueError: if the teacher is itself a consistency model, or its noise range is not that of the levels.
     """
 
     def __init__(
@@ -47,37 +41,31 @@ class ConsistencyDistillation(L.LightningModule):
         teacher: Denoiser,
         *,
         solver: Callable[..., Tensor],
-        draw: PairDraw,
-        metric: Metric,
-        weighting: Callable[[Tensor, Tensor], Tensor],
-        optimizer: Callable[..., torch.optim.Optimizer],
-        target_decay: Callable[[int], float] | None = None,
         dropout: float = 0.0,
         guidance: float = 1.0,
-        lr_schedule: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if teacher.boundary != 0:
+        if teacher.kind != "diffusion":
             raise ValueError(
-                "the teacher must be a diffusion model (method=edm), got a consistency model; change teacher"
+                f"the teacher must be a diffusion model (method=edm), got a {teacher.kind} model; change teacher"
             )
-        drawn = (getattr(draw, "sigma_min", teacher.sigma_min), getattr(draw, "sigma_max", teacher.sigma_max))
+        levels = options["levels"]
+        drawn = (getattr(levels, "sigma_min", teacher.sigma_min), getattr(levels, "sigma_max", teacher.sigma_max))
         if drawn != (teacher.sigma_min, teacher.sigma_max):
             raise ValueError(
-                f"the teacher's noise range is {(teacher.sigma_min, teacher.sigma_max)}, the draw's is {drawn}; "
-                "change noise.sigma_min and noise.sigma_max to the teacher's"
+                f"the teacher's noise range is {(teacher.sigma_min, teacher.sigma_max)}, that of the levels is "
+                f"{drawn}; change model.sigma_min and model.sigma_max to the teacher's"
             )
         guided(teacher, guidance)  # refuses a teacher that cannot be
-        self.guidance = guidance
+        super().__init__(_student(teacher, dropout), **options)
         self.teacher = frozen_copy(teacher).eval()
-        network = UNet(**{**teacher.network.config, "dropout": dropout})
-        network.load_state_dict(teacher.network.state_dict())
-        self.denoiser = Denoiser(network, **{**_own_config(teacher), "boundary": teacher.sigma_min})
-        self.target = frozen_copy(self.denoiser) if target_decay is not None else None
-        self.target_decay = target_decay
-        self.solver, self.draw, self.metric, self.weighting = solver, draw, metric, weighting
-        self.optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.progress = Progress()
+        self.solver, self.guidance = solver, guidance
+
+    @property
+    def network_passes(self) -> int:
+        """One of the target, and the teacher's in its step."""
+        evaluations = 2 if getattr(self.solver, "func", self.solver) is heun_step else 1
+        return 1 + evaluations * (1 if self.guidance == 1 else 2)
 
     def train(self, mode: bool = True) -> ConsistencyDistillation:
         """Set the mode of everything but the teacher, which stays in eval mode."""
@@ -85,23 +73,26 @@ class ConsistencyDistillation(L.LightningModule):
         self.teacher.eval()
         return self
 
-    def on_fit_start(self) -> None:
-        """Refuse a target that nothing moves."""
-        check_target_moves(self.trainer, self.target)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One micro-batch; x_lo is the teacher's ODE step from x_hi."""
+    def neighbour(self, x: Tensor, z: Tensor, sigma_hi: Tensor, sigma_lo: Tensor, labels: Tensor) -> Tensor:
+        """x_lo, the teacher's ODE step from x_hi."""
         teacher = guided(self.teacher, self.guidance)
-        return consistency_step(
-            self,
-            batch,
-            lambda x_hi, noise, sigma_hi, sigma_lo, labels: self.solver(teacher, x_hi, sigma_hi, sigma_lo, labels),
-        )
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer of the online network."""
-        return configure_optimizer(self.denoiser.parameters(), self.optimizer, self.lr_schedule, self.progress)
+        return self.solver(teacher, add_noise(x, z, sigma_hi), sigma_hi, sigma_lo, labels)
 
 
-def _own_config(denoiser: Denoiser) -> dict[str, Any]:
-    return {name: value for name, value in denoiser.config.items() if name != "network"}
+def _student(teacher: Denoiser, dropout: float) -> Denoiser:
+    """A denoiser with the teacher's weights whose boundary is sigma_min, where the parametrization can shift it."""
+    arguments = {"dropout": dropout} if "dropout" in teacher.network.config else {}  # type: ignore[operator]
+    if dropout and not arguments:
+        raise ValueError(f"the teacher's network has no dropout, got dropout={dropout}; set method.dropout=0")
+    own: Any = teacher.parametrization
+    if "boundary" in {field.name for field in fields(own)}:
+        own = replace(own, boundary=teacher.sigma_min)
+    # Any other keeps the one it has: VP's, say, is the identity at 0, and at sigma_min but for sigma_min F.
+    return Denoiser(
+        rebuilt(teacher.network, **arguments),
+        own,
+        kind="consistency",
+        sigma_min=teacher.sigma_min,
+        sigma_max=teacher.sigma_max,
+        label_dropout=teacher.label_dropout,
+    )

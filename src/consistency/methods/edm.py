@@ -1,6 +1,6 @@
 """EDM: denoising score matching (Karras et al. 2022). Its models are samplers' denoisers and CD's teachers.
 
-Flow matching (method=flow) is this class with other parts: t uniform, the scalings and the weighting of the velocity.
+Flow matching (method=flow) is this class with other parts: t uniform, the velocity as output and in the weighting.
 """
 
 from __future__ import annotations
@@ -8,68 +8,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
-import torch
 from torch import Tensor
 
-from consistency.losses.denoising import denoising_loss
-from consistency.methods.progress import Progress, configure_optimizer
-from consistency.methods.step import draw_batch
+from consistency.methods.base import Method, Random, Step
+from consistency.methods.metrics import l2
 from consistency.models.denoiser import Denoiser
+from consistency.noise.levels import check_gives
+from consistency.ops import add_noise
 
 
-class EDM(L.LightningModule):
-    """Train D(x; sigma) to remove noise.
+class EDM(Method):
+    """Train D(x; sigma) to remove noise: weight * mean over pixels of (D(x + sigma z; sigma) - x)^2 (EDM, Eq. 2).
+
+    The mean over pixels is OpenAI's convention, NVlabs sums: with Adam and RAdam only the loss plot differs.
 
     Args:
         denoiser: D, with its boundary at 0.
-        draw: `(step, batch, device) -> sigma [B]`.
+        levels: Noise levels sigma [B]; see `noise.levels`.
         weighting: `(sigma, sigma) -> [B]`.
-        optimizer: Parameters -> optimizer.
-        lr_schedule: Optimizer -> schedule, stepped once per optimizer step; None for a constant rate.
+        **options: optimizer and lr_schedule, as of `Method`.
 
     Raises:
-        ValueError: if the denoiser is a consistency function (its boundary is not at 0).
+        ValueError: if the denoiser is a consistency function (its boundary is not at 0), or `levels` gives pairs.
     """
 
-    target = None
-    target_decay = None
+    kind = "diffusion"
+    takes_augment_labels = True
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        *,
-        draw: Callable[..., Tensor],
-        weighting: Callable[[Tensor, Tensor], Tensor],
-        optimizer: Callable[..., torch.optim.Optimizer],
-        lr_schedule: Callable[..., Any] | None = None,
+        self, denoiser: Denoiser, *, levels: Any, weighting: Callable[[Tensor, Tensor], Tensor], **options: Any
     ) -> None:
-        super().__init__()
-        if denoiser.boundary != 0:
-            raise ValueError(f"EDM needs plain scalings (boundary 0), got boundary {denoiser.boundary}; set boundary=0")
-        self.denoiser = denoiser
-        self.draw, self.weighting = draw, weighting
-        self.optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.progress = Progress()
+        super().__init__(denoiser, **options)
+        check_gives(levels, "level", type(self).__name__)
+        if getattr(getattr(weighting, "func", weighting), "needs_pairs", False):
+            allowed = "uniform, edm, snr, snr_plus_one, truncated_snr or velocity"
+            raise ValueError(f"weighting is inverse_gap, which needs pairs of levels; allowed with EDM: {allowed}")
+        self.levels, self.weighting = levels, weighting
 
-    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, with `per_sample` [B] and `sigma` [B] for callbacks.
-
-        `batch` is images and labels, and augmentation labels where the data are augmented.
-        """
-        images, labels, *augment = batch
-        sigma, noise, labels = draw_batch(self, images, labels)
-        loss = denoising_loss(
-            self.denoiser,
-            images,
-            noise,
-            sigma,
-            weight=self.weighting(sigma, sigma),
-            labels=labels,
-            augment_labels=augment[0] if augment else None,
-        )
-        return {"loss": loss.mean(), "per_sample": loss.detach(), "sigma": sigma, "schedule": {}}
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer of the denoiser."""
-        return configure_optimizer(self.denoiser.parameters(), self.optimizer, self.lr_schedule, self.progress)
+    def step(
+        self, images: Tensor, labels: Tensor, k: int, random: Random, augment_labels: Tensor | None = None
+    ) -> Step:
+        """The denoising loss; `augment_labels` [B, 9] say what was done to the images."""
+        sigma = random.levels
+        extra = {} if augment_labels is None else {"augment_labels": augment_labels}
+        denoised = self.denoiser(add_noise(images, random.noise, sigma), sigma, labels, **extra)
+        return Step(self.weighting(sigma, sigma) * l2(denoised, images), sigma)

@@ -1,12 +1,11 @@
-"""What every method keeps of its training run: counters of its own, the optimizer, the rule for targets."""
+"""What every method keeps of its training run: counters of its own, and the options of its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -93,34 +92,6 @@ class Progress(nn.Module):
         self._schedule_offset = schedule_step - self.step
 
 
-def configure_optimizer(
-    parameters: Iterable[Tensor],
-    optimizer: Callable[[Iterable[Tensor]], Optimizer],
-    lr_schedule: Callable[[Optimizer], Any] | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Lightning's optimizer dictionary; `progress` advances with each step that really happens.
-
-    Args:
-        parameters: What to train.
-        optimizer: Parameters -> optimizer.
-        lr_schedule: Optimizer -> schedule that is stepped once per optimizer step, or None.
-        progress: Counters of the method.
-    """
-    built = optimizer(parameters)
-
-    def count(*_: Any) -> None:
-        # Without gradients nothing was changed: the step was skipped (callbacks.alarms).
-        if any(parameter.grad is not None for group in built.param_groups for parameter in group["params"]):
-            progress.advance()
-
-    # A hook of the optimizer itself, because GradScaler does not call `step` when it skips one.
-    built.register_step_post_hook(count)
-    if lr_schedule is None:
-        return {"optimizer": built}
-    return {"optimizer": built, "lr_scheduler": {"scheduler": lr_schedule(built), "interval": "step"}}
-
-
 def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Mapping[str, Any]) -> None:
     """Give an optimizer whose state was loaded the options of now: a state holds those that it was saved with.
 
@@ -162,13 +133,3 @@ def linear_warmup(optimizer: Optimizer, *, images: int, batch_size: int) -> Lamb
         batch_size: Images of one optimizer step.
     """
     return LambdaLR(optimizer, lambda step: min(step * batch_size / images, 1.0))
-
-
-def check_target_moves(trainer: Trainer, target: nn.Module | None) -> None:
-    """Raise unless something moves the target network: one that silently stays put ruins the run."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if target is not None and not any(getattr(callback, "moves_target", False) for callback in callbacks):
-        raise ValueError(
-            "this method has a target network (curriculum.target_decay is set), but no TargetEMA callback moves it; "
-            "restore callbacks.target_ema, or set curriculum.target_decay=null for mu = 0"
-        )

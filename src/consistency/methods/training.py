@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from consistency.losses.consistency import Metric
-from consistency.methods.progress import Progress, check_target_moves, configure_optimizer
-from consistency.methods.step import consistency_step
+from consistency.methods.base import Method, Random, Step
 from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
-from consistency.noise.draws import PairDraw
-from consistency.ops import append_dims
+from consistency.noise.levels import check_gives
+from consistency.ops import add_noise, same_randomness
 
 
-class ConsistencyTraining(L.LightningModule):
+class ConsistencyTraining(Method):
     """Learn f(x, sigma) from data alone: x_hi and x_lo are one image under one noise at two levels (CM, Alg. 3).
 
     | | CT | iCT | ECT |
     |---|---|---|---|
-    | draw | neighbours on a grid, uniform | neighbours, lognormal | ratio of a lognormal |
+    | levels | neighbours on a grid, uniform | neighbours, lognormal | ratio of a lognormal |
     | target_decay | mu(k), adaptive | None: mu = 0 | None |
     | metric | LPIPS or l2 | Pseudo-Huber | Pseudo-Huber, c = 0 |
     | weighting | uniform | 1 / gap | 1 / gap |
@@ -31,44 +28,55 @@ class ConsistencyTraining(L.LightningModule):
 
     Args:
         denoiser: f_theta, the online network.
-        draw: `(step, batch, device) -> (sigma_lo, sigma_hi)`, each [B].
-        metric: d.
-        weighting: `(sigma_lo, sigma_hi) -> [B]`.
-        optimizer: Parameters -> optimizer.
+        levels: Pairs (sigma_lo, sigma_hi), each [B]; see `noise.levels`.
+        metric: d, `(a, b) -> [B]`.
+        weighting: lambda, `(sigma_lo, sigma_hi) -> [B]`.
         target_decay: mu(k). None means mu = 0: the target is the online network itself and no copy is kept.
-        lr_schedule: Optimizer -> schedule, stepped once per optimizer step; None for a constant rate.
+        **options: optimizer and lr_schedule, as of `Method`.
+
+    Raises:
+        ValueError: if `levels` gives single levels.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         *,
-        draw: PairDraw,
-        metric: Metric,
+        levels: Any,
+        metric: Callable[[Tensor, Tensor], Tensor],
         weighting: Callable[[Tensor, Tensor], Tensor],
-        optimizer: Callable[..., torch.optim.Optimizer],
         target_decay: Callable[[int], float] | None = None,
-        lr_schedule: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.denoiser = denoiser
+        super().__init__(denoiser, **options)
+        check_gives(levels, "pair", type(self).__name__)
         self.target = frozen_copy(denoiser) if target_decay is not None else None
         self.target_decay = target_decay
-        self.draw, self.metric, self.weighting = draw, metric, weighting
-        self.optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.progress = Progress()
+        self.levels, self.metric, self.weighting = levels, metric, weighting
 
-    def on_fit_start(self) -> None:
-        """Refuse a target that nothing moves."""
-        check_target_moves(self.trainer, self.target)
+    @property
+    def network_passes(self) -> int:
+        """One, of the target."""
+        return 1
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One micro-batch; x_lo is the same image under the same noise at sigma_lo."""
-        images, _ = batch
-        return consistency_step(
-            self, batch, lambda x_hi, noise, sigma_hi, sigma_lo, _: images + append_dims(sigma_lo, images.ndim) * noise
-        )
+    def neighbour(self, x: Tensor, z: Tensor, sigma_hi: Tensor, sigma_lo: Tensor, labels: Tensor) -> Tensor:
+        """x_lo, the point at sigma_lo of the trajectory through x_hi: the same image under the same noise."""
+        return add_noise(x, z, sigma_lo)
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer of the online network."""
-        return configure_optimizer(self.denoiser.parameters(), self.optimizer, self.lr_schedule, self.progress)
+    def step(self, images: Tensor, labels: Tensor, k: int, random: Random) -> Step:
+        """lambda d(f_theta(x_hi, sigma_hi), stopgrad f_theta-(x_lo, sigma_lo)) (CM, Eq. 7, 10; iCT, Eq. 3, 5).
+
+        The online network sees the larger level, the target the smaller one: swapped, the model would never be trained
+        at sigma_max, where it is sampled. Both passes use one dropout mask (iCT, Sec. 3.1).
+        """
+        sigma_lo, sigma_hi = random.levels  # t_n, t_{n+1}; each [B]
+        z = random.noise
+        with torch.no_grad():
+            x_lo = self.neighbour(images, z, sigma_hi, sigma_lo, labels)
+        with same_randomness(images.device) as rewind:
+            online = self.denoiser(add_noise(images, z, sigma_hi), sigma_hi, labels)
+            rewind()
+            with torch.no_grad():
+                target = (self.target or self.denoiser)(x_lo, sigma_lo, labels)  # x_lo itself at the boundary
+        loss = self.weighting(sigma_lo, sigma_hi) * self.metric(online, target)
+        return Step(loss, sigma_hi, self.levels.describe(k))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,12 @@ from consistency.models.layers import (
     Resample,
     ResidualBlock,
 )
+from consistency.models.register import register_network
+
+MAX_CHANNELS = 100_000  # of a layer: beyond it, the first convolution alone has 10^11 weights
 
 
+@register_network("unet")
 class UNet(nn.Module):
     """F(x, c_noise, labels), the raw network: [B, C, H, W] -> [B, C, H, W].
 
@@ -31,10 +35,9 @@ class UNet(nn.Module):
 
     Args:
         image_size: Height and width of the images.
-        in_channels: Image channels, in and out.
+        in_channels: Image channels.
+        out_channels: Channels of the output; None for `in_channels`. iDDPM's networks have twice as many.
         num_classes: Number of labels; 0 for an unconditional network.
-        label_dropout: Probability with which training hides an image's label (-1), so that the network learns to do
-            without and can be guided (Ho & Salimans 2022). The methods hide them: all networks of a step see the same.
         channels: Width at full size.
         channel_mult: Width factor at each size, from full size down; its length is the number of sizes. In ADM the
             first is also that of the stem.
@@ -65,13 +68,14 @@ class UNet(nn.Module):
             divide into heads or groups.
     """
 
+    config: dict[str, Any]  # the arguments; see `register_network`
+
     def __init__(
         self,
         *,
         image_size: int,
         in_channels: int,
         num_classes: int = 0,
-        label_dropout: float = 0.0,
         channels: int = 128,
         channel_mult: Sequence[float] = (2, 2, 2),
         num_blocks: int = 4,
@@ -92,22 +96,12 @@ class UNet(nn.Module):
         augment_channels: int = 0,
         conv_resample: bool = False,
         adm: bool = False,
+        out_channels: int | None = None,
     ) -> None:
+        _check_range(locals())
         super().__init__()
-        arguments = locals()
-        self.config: dict[str, Any] = {
-            name: list(arguments[name]) if isinstance(arguments[name], tuple | list) else arguments[name]
-            for name in inspect.signature(UNet).parameters
-        }
-        _check_range(self.config)
-        factor = 2 ** (len(channel_mult) - 1)
-        if image_size % factor:
-            raise ValueError(
-                f"image_size must be divisible by {factor} for {len(channel_mult)} sizes, got {image_size}; "
-                "change data.image_size or network.channel_mult"
-            )
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
-        self.augment_channels, self.adm, self.label_dropout = augment_channels, adm, label_dropout
+        self.augment_channels, self.adm = augment_channels, adm
         emb_channels, noise_channels = round(emb_channel_mult * channels), round(noise_channel_mult * channels)
         blocks = _Blocks(
             BlockStyle(
@@ -145,7 +139,7 @@ class UNet(nn.Module):
         )
         self._build_decoder(blocks, widths, num_blocks, skips)
         self.out_norm = blocks.style.norm(widths[0])
-        self.out_conv = nn.Conv2d(widths[0], in_channels, 3, padding=1)
+        self.out_conv = nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1)
 
         for module in (None if adm else self.embed_label, self.linear0, self.linear1, self.stem):
             if module is not None:
@@ -242,26 +236,47 @@ class UNet(nn.Module):
         return F.silu(self.linear1(F.silu(self.linear0(emb + label_emb))))
 
 
-def _check_range(config: dict[str, Any]) -> None:
+def _check_range(given: dict[str, Any]) -> None:
     """Refuse arguments that would fail deep inside, or make a network that is none."""
-    sizes, taps = config["attention_resolutions"], config["resample_filter"]
-    scale, dropout, hidden = config["fourier_scale"], config["dropout"], config["label_dropout"]
-    without = "and 0 without labels (network.num_classes=0)"
-    checks = {
-        "image_size": (config["image_size"] >= 1, "at least 1"),
-        "channel_mult": (len(config["channel_mult"]) > 0, "a list of at least one factor"),
-        "num_blocks": (config["num_blocks"] >= 1, "at least 1"),
-        "num_heads": (config["num_heads"] >= 1, "at least 1"),
-        "head_channels": (config["head_channels"] is None or config["head_channels"] >= 1, "at least 1, or None"),
-        "attention_resolutions": (isinstance(sizes, list) and all(s >= 1 for s in sizes), "a list of sizes in pixels"),
-        "fourier_scale": (scale is None or scale > 0, "positive, or None"),
-        "resample_filter": (len(taps) % 2 == 0 and sum(taps) > 0, "an even number of taps, as [1, 3, 3, 1]"),
-        "dropout": (0 <= dropout < 1, "in [0, 1)"),
-        "label_dropout": (0 <= hidden < 1 and (hidden == 0 or config["num_classes"] > 0), f"in [0, 1), {without}"),
-    }
-    for name, (holds, allowed) in checks.items():
+
+    def number(name: str, holds: Callable[[float], bool], allowed: str, *, or_none: bool = False) -> None:
+        value = given[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        check(name, (or_none and value is None) or (is_number and holds(value)), allowed + (" or null" * or_none))
+
+    def integer(name: str, least: int, *, or_none: bool = False, most: int = MAX_CHANNELS) -> None:
+        value, allowed = given[name], f"an integer, at least {least}" + (" or null" * or_none)
+        check(name, (or_none and value is None) or (type(value) is int and least <= value <= most), allowed)
+
+    def check(name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{name} must be {allowed}, got {config[name]}; change network.{name}")
+            raise ValueError(f"network.{name} is {given[name]}; allowed: {allowed}")
+
+    for name in ("image_size", "in_channels", "channels", "num_blocks", "num_heads"):
+        integer(name, 1)
+    for name in ("num_classes", "augment_channels"):
+        integer(name, 0, most=10**9)
+    for name in ("head_channels", "dropout_max_resolution", "norm_groups", "out_channels"):
+        integer(name, 1, or_none=True)
+    for name in ("noise_channel_mult", "emb_channel_mult", "skip_scale", "norm_eps"):
+        number(name, lambda value: value > 0, "a positive number")
+    number("fourier_scale", lambda value: value > 0, "a positive number", or_none=True)
+    number("dropout", lambda value: 0 <= value < 1, "a number from 0 to below 1")
+    for name in ("scale_shift", "input_pyramid", "conv_resample", "adm"):
+        check(name, isinstance(given[name], bool), "true or false")
+    mult, sizes, taps = given["channel_mult"], given["attention_resolutions"], given["resample_filter"]
+    is_mult = _is_list(mult, lambda factor: isinstance(factor, int | float) and 0 < factor < MAX_CHANNELS)
+    check("channel_mult", is_mult and len(mult) > 0, "a list of positive numbers, one for each size")
+    check("attention_resolutions", _is_list(sizes, lambda s: type(s) is int and s >= 1), "a list of sizes in pixels")
+    is_filter = _is_list(taps, lambda tap: isinstance(tap, int | float)) and len(taps) % 2 == 0 and sum(taps) > 0
+    check("resample_filter", is_filter, "a list of an even number of taps, as [1,1] or [1,3,3,1]")
+    halvings = len(mult) - 1
+    allowed = f"short enough that data.image_size={given['image_size']} can be halved {halvings} times"
+    check("channel_mult", given["image_size"] % 2**halvings == 0, allowed)
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
 
 
 @dataclass(frozen=True)

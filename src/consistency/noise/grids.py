@@ -1,6 +1,11 @@
-"""The Karras noise grid. The papers count t_1 < ... < t_N; OpenAI's code stores the same grid descending."""
+"""The Karras noise grid, and the levels of VP and iDDPM.
+
+The papers count t_1 < ... < t_N; OpenAI's code stores the same grid descending.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -68,5 +73,29 @@ def check_range(sigma_min: float, sigma_max: float) -> None:
     if not 0 < sigma_min < sigma_max:
         raise ValueError(
             f"noise levels must satisfy 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}; "
-            "change noise.sigma_min or noise.sigma_max"
+            "change model.sigma_min or model.sigma_max"
         )
+
+
+def vp_sigma(time: Tensor, *, beta_d: float, beta_min: float) -> Tensor:
+    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), the noise level of VP's time (EDM, Table 1)."""
+    return torch.expm1(0.5 * beta_d * time**2 + beta_min * time).sqrt()
+
+
+def vp_time(sigma: Tensor, *, beta_d: float, beta_min: float) -> Tensor:
+    """t(sigma) = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d, the inverse of `vp_sigma`."""
+    log = torch.log1p(sigma**2)
+    # The same with the difference of two close numbers multiplied out, which float32 needs at low levels.
+    return 2 * log / (beta_min + torch.sqrt(beta_min**2 + 2 * beta_d * log))
+
+
+def iddpm_levels(count: int, *, c_1: float, c_2: float) -> Tensor:
+    """The levels u_0 > ... > u_M = 0 of iDDPM, M = `count`; float64 [M + 1] (EDM, Table 1).
+
+    u_{j-1}^2 = (u_j^2 + 1) / max(a(j - 1) / a(j), C_1) - 1 with a(j) = sin^2(pi j / (2 M (C_2 + 1))).
+    """
+    index = torch.arange(count + 1, dtype=torch.float64, device="cpu")
+    alpha_bar = torch.sin(0.5 * math.pi * index / (count * (c_2 + 1))) ** 2
+    ratio = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=c_1)
+    grown = (1 / ratio).flip(0).cumprod(0).flip(0)  # u_j^2 + 1 of j = 0 ... M - 1
+    return torch.cat([(grown - 1).sqrt(), grown.new_zeros(1)])

@@ -38,7 +38,7 @@ def truncated_snr(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
 def velocity(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
     """((1 + sigma) / sigma)^2: the error of D becomes that of the velocity of flow matching, whose weight is 1.
 
-    D - x = (1 - t) (v - (x - z)) with 1 - t = sigma / (1 + sigma), see `models.denoiser.flow_scalings`.
+    D - x = (1 - t) (v - (x - z)) with 1 - t = sigma / (1 + sigma), see `models.parametrization.Flow`.
     """
     return ((1 + sigma_hi) / sigma_hi) ** 2
 
@@ -49,3 +49,6 @@ def inverse_gap(sigma_lo: Tensor, sigma_hi: Tensor) -> Tensor:
     It needs pairs: the single level of EDM has no gap.
     """
     return 1 / (sigma_hi - sigma_lo)
+
+
+inverse_gap.needs_pairs = True  # type: ignore[attr-defined]  # EDM refuses it

@@ -17,7 +17,7 @@ from consistency.callbacks.memory import AutoAccumulate, fit
 from consistency.callbacks.wandb_logger import WandbLogger
 from consistency.checkpoints.io import load_denoiser
 from consistency.data.module import ImageDataModule, warn_about_sigma_data
-from consistency.methods.distillation import ConsistencyDistillation
+from consistency.methods.base import Method
 from consistency.models.denoiser import Denoiser
 from consistency.models.execution import matmul_in_tf32, run_as
 from consistency.runs.slurm import slurm_plugins
@@ -40,25 +40,48 @@ def build_data(cfg: DictConfig) -> ImageDataModule:
     return data
 
 
-def build_method(cfg: DictConfig, data: ImageDataModule, *, is_new: bool) -> Any:
-    """The method, checked against the data.
+def make_method(cfg: DictConfig) -> Method:
+    """The method of a configuration.
+
+    Raises:
+        ValueError: if it is none, or its network has no registered name: it could be trained, and never be loaded.
+    """
+    method = instantiate(cfg.method, _convert_="object")
+    if not isinstance(method, Method):
+        raise ValueError(f"method is a {type(method).__name__}; allowed: a subclass of consistency.Method")
+    _ = method.denoiser.config
+    return method
+
+
+def prepare_method(method: Method, cfg: DictConfig, data: ImageDataModule, *, is_new: bool) -> None:
+    """Check a method against the data, and give it its first weights and the way its networks run.
 
     Args:
+        method: Just made.
         cfg: Of the run.
         data: What it trains on.
         is_new: Whether `init_from` counts; a run that goes on has weights of its own.
     """
-    method = instantiate(cfg.method, _convert_="object")
     if cfg.init_from and is_new:
         _start_from(method, cfg.init_from)
-    if isinstance(method, ConsistencyDistillation):
-        log.info("the network is that of teacher=%s; network= is not used", cfg.teacher)
-    _check_fits(method.denoiser, data, sigma_data=cfg.noise.sigma_data, noise_scale=cfg.noise.noise_scale)
-    warn_about_sigma_data(data.sigma_data(), method.denoiser.sigma_data)
-    for network in (method.denoiser, method.target, getattr(method, "teacher", None)):
-        if network is not None:
-            run_as(network, compile=cfg.compile, channels_last=cfg.channels_last)
+    if "denoiser" not in cfg.method:
+        log.info("the network is that of teacher=%s; network= is not used", cfg.get("teacher"))
+    _check_fits(method.denoiser, data)
+    if data.augment is not None and not method.takes_augment_labels:
+        raise ValueError(
+            f"augment is on, but {type(method).__name__} does not tell its network what was done to the images; "
+            "allowed: augment=none, or method=edm"
+        )
+    warn_about_sigma_data(data.measure_sigma_data(), data.sigma_data)
+    for denoiser in method.networks():
+        run_as(denoiser, compile=cfg.compile, channels_last=cfg.channels_last)
     method.progress.batch_size = data.batch_size
+
+
+def build_method(cfg: DictConfig, data: ImageDataModule) -> Method:
+    """A new method for these data: `make_method` and `prepare_method`."""
+    method = make_method(cfg)
+    prepare_method(method, cfg, data, is_new=True)
     return method
 
 
@@ -118,7 +141,7 @@ def fit_quietly(
         fit(trainer, method, data, checkpoint)
 
 
-def _check_fits(denoiser: Denoiser, data: ImageDataModule, *, sigma_data: float, noise_scale: float) -> None:
+def _check_fits(denoiser: Denoiser, data: ImageDataModule) -> None:
     """Refuse a network (of a teacher, say) that was made for other images: convolutions would run all the same."""
     if denoiser.image_shape != data.image_shape:
         raise ValueError(
@@ -130,19 +153,19 @@ def _check_fits(denoiser: Denoiser, data: ImageDataModule, *, sigma_data: float,
             f"the network has {denoiser.num_classes} classes, the data set {data.num_classes}; "
             "change network.num_classes (0 for unconditional), or teacher"
         )
-    for name, setting in (("sigma_data", sigma_data), ("noise_scale", noise_scale)):
-        if (of_teacher := getattr(denoiser, name)) != setting:
-            raise ValueError(
-                f"the teacher was trained with {name} {of_teacher:g}, noise.{name} is {setting:g}; "
-                f"set noise.{name}={of_teacher:g}, or change teacher"
-            )
+    own = getattr(denoiser.parametrization, "sigma_data", data.sigma_data)
+    if own != data.sigma_data:
+        raise ValueError(
+            f"the teacher was trained with sigma_data {own:g}, data.sigma_data is {data.sigma_data:g}; "
+            f"set data.sigma_data={own:g}, or change teacher"
+        )
 
 
-def _start_from(method: Any, source: str) -> None:
+def _start_from(method: Method, source: str) -> None:
     """Give the online (and target) network the weights of another model of the same architecture."""
     start = load_denoiser(source)
     # What a model means depends on settings without weights too: noise_scale, sigma_data, skip_scale, ...
-    training_only = ("boundary", "dropout", "dropout_max_resolution", "label_dropout")
+    training_only = ("kind", "boundary", "dropout", "dropout_max_resolution", "label_dropout")
     different = method.denoiser.differences(start.config, ignore=training_only)
     if different:
         raise ValueError(f"init_from={source} is another model ({different}); use its settings")

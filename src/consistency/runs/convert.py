@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from consistency.checkpoints.diffusers import NOISE_SCALE, read_diffusers, save_pipeline
@@ -14,7 +16,11 @@ from consistency.checkpoints.edm import read_edm
 from consistency.checkpoints.io import load_model, save_denoiser
 from consistency.checkpoints.openai import read_openai
 from consistency.models.denoiser import Denoiser
+from consistency.models.parametrization import EDM
+from consistency.models.register import build
+from consistency.models.table1 import VP
 from consistency.models.unet import UNet
+from consistency.noise.grids import SIGMA_MIN
 
 log = logging.getLogger(__name__)
 
@@ -22,18 +28,28 @@ log = logging.getLogger(__name__)
 def convert(cfg: DictConfig) -> Path:
     """Write a foreign network as a model folder; returns the folder."""
     source, out = Path(cfg.source), _new_folder(cfg.out)
+    if cfg.format != "edm" and "parametrization" in cfg:
+        raise ValueError(f"parametrization is given; allowed: null with format={cfg.format}")
     network, said = {"openai": _openai, "edm": _edm, "diffusers": _diffusers}[cfg.format](source, cfg)
     kind = cfg.kind or said["kind"]
     names = ("noise_scale", "sigma_data", "sigma_min", "sigma_max")
     stated = {name: cfg[name] if cfg[name] is not None else said.get(name) for name in names}
+    given = {name: float(value) for name, value in stated.items() if value is not None}
+    levels = {name: given.pop(name) for name in ("sigma_min", "sigma_max") if name in given}
+    boundary = {"edm": 0.0, "ect": said.get("boundary", 0.0), "consistency": levels.get("sigma_min", SIGMA_MIN)}[kind]
+    described = said.get("parametrization")
+    if described is not None and given:
+        raise ValueError(f"{next(iter(given))} is given; allowed: null, parametrization {described['name']} has none")
     try:
-        given = {name: float(value) for name, value in stated.items() if value is not None}
-        denoiser = Denoiser(network, **given)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(str(error).replace("noise.", "")) from error  # the options have no group here
-    denoiser.boundary = {"consistency": denoiser.sigma_min, "edm": 0.0, "ect": said.get("boundary", 0.0)}[kind]
+        denoiser = Denoiser(
+            network,
+            EDM(boundary=boundary, **given) if described is None else build("parametrization", described),
+            kind="diffusion" if kind == "edm" else "consistency",
+            **levels,
+        )
+    except ValueError as error:  # the options have no group here
+        raise ValueError(re.sub(r"\b(model|data|parametrization)\.", "", str(error))) from error
     info = {
-        "method": "EDM" if kind == "edm" else "consistency",
         "weights": "imported",
         "imported": {"format": cfg.format, "source": source.name, "sha256": _digest(source)},
     }
@@ -53,9 +69,25 @@ def _openai(source: Path, cfg: DictConfig) -> tuple[UNet, dict[str, Any]]:
 
 
 def _edm(source: Path, cfg: DictConfig) -> tuple[UNet, dict[str, Any]]:
-    network, said = read_edm(source, head_channels=cfg.head_channels)
+    network, said = read_edm(source, head_channels=cfg.head_channels, parametrization=_wanted(cfg))
+    if "parametrization" in said:
+        low, high = build("parametrization", said["parametrization"]).own_range()
+        said = {"sigma_min": low, "sigma_max": high, **said, "kind": "edm"}
+        if said["parametrization"]["name"] == "iddpm":  # its file says u_0, from which nobody samples
+            said["sigma_max"] = min(said["sigma_max"], high)
+        return network, said
     kind = "ect" if said.get("class_name") == "ECMPrecond" else "edm"
     return network, {**said, "kind": kind, "noise_scale": 0.25}
+
+
+def _wanted(cfg: DictConfig) -> Any:
+    """`parametrization=`, or None."""
+    if "parametrization" not in cfg:
+        return None
+    target = str(cfg.parametrization.get("_target_"))
+    if target.rpartition(".")[0] != VP.__module__:  # EDM's takes its sigma_data from the data, of which there are none
+        raise ValueError(f"parametrization is {target.rpartition('.')[2]}; allowed: vp, ve, iddpm, or null for EDM's")
+    return instantiate(cfg.parametrization)
 
 
 def _diffusers(source: Path, cfg: DictConfig) -> tuple[UNet, dict[str, Any]]:
@@ -94,13 +126,17 @@ def _digest(source: Path) -> str:
 
 def _say(denoiser: Denoiser, kind: str, out: Path) -> None:
     """What the folder holds; above all what was assumed, because the file did not say it."""
-    network = denoiser.network
+    network: Any = denoiser.network
+    given: Any = denoiser.parametrization
+    if isinstance(given, EDM):
+        details = f"c_noise = {given.noise_scale:g} ln(sigma), sigma_data {given.sigma_data:g}"
+    else:
+        details = f"{given}, levels {denoiser.sigma_min:g} to {denoiser.sigma_max:g}"
     scalings = f"consistency scalings, identity at {denoiser.boundary}" if denoiser.boundary else "plain scalings"
     width, number = network.config["head_channels"], network.config["num_heads"]
     heads = f"heads of {width} channels" if width else f"{number} heads" if number > 1 else "one head"
     log.info(
-        "%s: %s parameters, images %s, %s classes, attention at %s with %s; %s (kind=%s), c_noise = %g ln(sigma), "
-        "sigma_data %g",
+        "%s: %s parameters, images %s, %s classes, attention at %s with %s; %s (kind=%s), %s",
         out,
         f"{sum(parameter.numel() for parameter in network.parameters()):,}",
         list(denoiser.image_shape),
@@ -109,6 +145,5 @@ def _say(denoiser: Denoiser, kind: str, out: Path) -> None:
         heads,
         scalings,
         kind,
-        denoiser.noise_scale,
-        denoiser.sigma_data,
+        details,
     )

@@ -56,7 +56,7 @@ def edit(cfg: DictConfig) -> Path:
     drawn = [column for column in columns.values() if column.levels]
     what = f"{len(drawn[0].images)} x {drawn[0].evaluations} evaluations at levels {_short(drawn[0].levels)}"
     others = f", and {len(drawn) - 1} more columns" if len(drawn) > 1 else ""
-    log.info("%s: %s%s -> %s", cfg.task._target_.rpartition(".")[2], what, others, out)
+    log.info("%s: %s%s -> %s", getattr(task, "func", task).__name__, what, others, out)
     return out
 
 

@@ -11,17 +11,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from consistency.callbacks.averaging import TargetEMA, WeightEMA
 from consistency.callbacks.randomness import StepSeeds
-from consistency.methods.distillation import ConsistencyDistillation
-from consistency.methods.edm import EDM
+from consistency.methods.base import Method
 from consistency.models.flops import flops_of_image
-from consistency.runs.build import build_data, build_method, build_trainer, fit_quietly
-from consistency.sampling.steps import heun_step
+from consistency.runs.build import build_data, build_method, build_parts, build_trainer, fit_quietly
 
 log = logging.getLogger(__name__)
 
@@ -68,26 +65,22 @@ def estimate(cfg: DictConfig, *, steps: int = 20, seconds: float = 60.0) -> dict
     """
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
-    method = build_method(cfg, data, is_new=True)
-    averages = [part for part in cfg.callbacks.values() if part is not None and _is_average(part)]
+    method = build_method(cfg, data)
+    averages = [part for part in build_parts(cfg.callbacks) if isinstance(part, TargetEMA | WeightEMA)]
     clock = Clock(steps, seconds)
-    callbacks = [StepSeeds(cfg.seed), *(instantiate(part, _convert_="object") for part in averages), clock]
+    callbacks = [StepSeeds(cfg.seed), *averages, clock]
     trainer = build_trainer(cfg, callbacks, [], None)
     fit_quietly(trainer, method, data, None, tf32=cfg.tf32)
     return _tell(cfg, trainer, method, clock.seconds)
 
 
-def _is_average(part: DictConfig) -> bool:
-    return part.get("_target_", "").rpartition(".")[2] in (TargetEMA.__name__, WeightEMA.__name__)
-
-
-def _tell(cfg: DictConfig, trainer: L.Trainer, method: Any, seconds: list[float]) -> dict[str, float]:
+def _tell(cfg: DictConfig, trainer: L.Trainer, method: Method, seconds: list[float]) -> dict[str, float]:
     batch, steps = cfg.data.batch_size, cfg.trainer.max_steps
     typical = statistics.median(seconds)
     hours = steps * typical / 3600
     on_gpu = trainer.strategy.root_device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else _peak_of_process()
-    flops = flops_of_image(method.denoiser.config, _passes(method))
+    flops = flops_of_image(method.denoiser.config, method.network_passes)
     found = {
         "flops": flops * batch * steps,
         "parameters": sum(parameter.numel() for parameter in method.denoiser.parameters()),
@@ -108,14 +101,6 @@ def _tell(cfg: DictConfig, trainer: L.Trainer, method: Any, seconds: list[float]
         log.info("to the end   %.3g hours for %d steps, %.3g device-hours", hours, steps, hours * devices)
         log.info("not included: sample grids, evaluation, checkpoints, the start; nothing was trained or written")
     return found
-
-
-def _passes(method: Any) -> int:
-    """Forward passes without gradient in a training step: of the target, and of the teacher."""
-    if not isinstance(method, ConsistencyDistillation):
-        return 0 if isinstance(method, EDM) else 1
-    evaluations = 2 if getattr(method.solver, "func", method.solver) is heun_step else 1
-    return 1 + evaluations * (1 if method.guidance == 1 else 2)
 
 
 def _peak_of_process() -> int:

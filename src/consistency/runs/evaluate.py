@@ -23,7 +23,7 @@ from consistency.noise.grids import descending
 from consistency.ops import find_device
 from consistency.runs.bar import counting
 from consistency.runs.rundata import data_of
-from consistency.runs.sample import check_sampler, execution_of
+from consistency.runs.sample import check_sampler, execution_of, sampler_of
 from consistency.runs.workers import ready
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
 
@@ -46,8 +46,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         rows = [_images_row(cfg)]
     else:
         subject = load_subject(cfg)
-        sampler = instantiate(cfg.sampler, _convert_="object")
-        check_sampler(sampler, subject.info.get("method"), cfg.ckpt)
+        sampler = instantiate(sampler_of(cfg, subject.denoiser.kind), _convert_="object")
+        check_sampler(sampler, subject.denoiser.kind, cfg.ckpt)
         rows = [row_of(cfg, subject, sampler, seed) for seed in cfg.seeds]
     summaries = summary(rows)
     report: dict[str, Any] = {"summary": summaries, "rows": rows}
@@ -60,10 +60,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def curve(cfg: DictConfig) -> list[dict[str, Any]]:
     """Scores against the number of network evaluations: `steps` for consistency models, Heun's `heun_steps` for EDM."""
     subject = load_subject(cfg)
-    diffusion = subject.info.get("method") == "EDM"
     samplers: list[Any] = (
         [OdeSampler(sample_heun, num_steps=steps) for steps in cfg.heun_steps]
-        if diffusion
+        if subject.denoiser.kind == "diffusion"
         else [ConsistencySampler(_even_levels(subject.denoiser, steps)) for steps in cfg.steps]
     )
     rows = [row_of(cfg, subject, sampler, seed) for sampler in samplers for seed in cfg.seeds]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.config import is_neutral
 from consistency.files import MODEL_FOLDER
+from consistency.models.legacy import upgrade_settings
 from consistency.reading import read_json
 from consistency.whole import write_text
 
@@ -98,7 +99,7 @@ def check_same_settings(cfg: DictConfig, before: dict[str, Any], run_dir: Path) 
     Raises:
         RefusedError: with the settings that differ.
     """
-    old, now = {"randomness": "per_rank", **before}, OmegaConf.to_container(cfg, resolve=True)
+    old, now = upgrade_settings({"randomness": "per_rank", **before}), OmegaConf.to_container(cfg, resolve=True)
     as_before = copy.deepcopy(cfg)
     for option in cfg.allow_changes:
         if not _has(old, option) and not _has(now, option):
@@ -154,7 +155,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def say_where(run_dir: Path) -> None:
     """Log where the results are, and the command that samples from them."""
-    info = read_json(run_dir / MODEL_FOLDER / "config.json").get("info", {})
     run_dir = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
     newest = {grid.name.rsplit("_", 1)[0]: grid for grid in sorted((run_dir / "samples").glob("*.png"))}
     log.info("run directory   %s", run_dir)
@@ -162,5 +162,4 @@ def say_where(run_dir: Path) -> None:
         log.info("sample grid     %s", grid)
     log.info("exported model  %s", run_dir / MODEL_FOLDER)
     ckpt = shlex.quote(f"ckpt={run_dir}")
-    sampler = " sampler=heun" if info.get("method") == "EDM" else ""
-    log.info("sample from it  consistency-sample %s num_samples=100 seed=0%s out=samples.png", ckpt, sampler)
+    log.info("sample from it  consistency-sample %s num_samples=100 seed=0 out=samples.png", ckpt)

@@ -87,7 +87,7 @@ def _say_pixels(dataset: Any) -> None:
         note = f" (of {len(some):,} images)" if len(some) < len(dataset) else ""
     log.info("mean        %s in [0, 1]%s", _numbers(mean), note)
     log.info("std         %s in [0, 1]", _numbers(std))
-    log.info("sigma_data  %.3f in [-1, 1]; noise.sigma_data", 2 * (sum(s**2 for s in std) / len(std)) ** 0.5)
+    log.info("sigma_data  %.3f in [-1, 1]; data.sigma_data", 2 * (sum(s**2 for s in std) / len(std)) ** 0.5)
 
 
 def _numbers(values: list[float]) -> str:

@@ -20,7 +20,7 @@ def data_of(cfg: DictConfig) -> ImageDataModule | None:
     """The data module that is named, or that of the run; None if there is neither."""
     node = cfg.get("data")
     if node is None and cfg.ckpt is not None and (file := Path(cfg.ckpt) / "config.yaml").exists():
-        node = OmegaConf.create(_own_parts(read_yaml(file).get("data"), file))
+        node = OmegaConf.create(_own_parts(read_yaml(file).get("data"), file, tuple(cfg.get("imports") or ())))
         _keep_to(cfg.paths, node)
     if node is None:
         return None
@@ -40,22 +40,27 @@ def _keep_to(paths: DictConfig, node: Any) -> None:
         dataset.root = paths.data_dir
 
 
-def _own_parts(node: Any, file: Path) -> Any:
-    """The data of a run, which may be somebody else's: only parts of this package are made, and nothing is looked up.
+def _own_parts(node: Any, file: Path, imports: tuple[str, ...] = ()) -> Any:
+    """The data of a run, which may be somebody else's: only parts of this package and of `imports` are made.
 
     Raises:
         ValueError: if it names anything else.
     """
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        own = key != "_target_" or (isinstance(value, str) and _is_own(value))
+        own = key != "_target_" or (isinstance(value, str) and _is_own(value, imports))
         if not own or (isinstance(value, str) and "${" in value):
-            raise ValueError(f"{file} asks for {str(value)[:80]!r}, which may run anything; name the data with data=")
-        _own_parts(value, file)
+            raise ValueError(
+                f"{file} asks for {str(value)[:80]!r}, which may run anything; name the data with data=, or "
+                "bring its module with imports=[MODULE]"
+            )
+        _own_parts(value, file, imports)
     return node
 
 
-def _is_own(target: str) -> bool:
+def _is_own(target: str, imports: tuple[str, ...]) -> bool:
     """Whether a dotted name is of a public class or function of ours, not of one that such a module has imported."""
     module, _, name = target.rpartition(".")
-    own = re.fullmatch(r"consistency\.data\.(module|datasets|cropping|augment)", module) is not None
+    own = (
+        module in imports or re.fullmatch(r"consistency\.data\.(module|datasets|cropping|augment)", module) is not None
+    )
     return own and name[:1] != "_" and getattr(getattr(import_module(module), name, None), "__module__", "") == module

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.io import load_model
+from consistency.config import CONF_DIR
 from consistency.data.files import is_grid, save_gif, save_grid
 from consistency.evaluation.storage import digest_of
 from consistency.models.execution import check_ways
@@ -23,7 +24,6 @@ from consistency.runs.bar import counting
 from consistency.runs.shards import PngShards, RawShards, claimed, finish_npz, finish_pngs, is_finished_npz
 from consistency.runs.workers import Job, draw, draw_on, ready, weights_digest
 from consistency.sampling.images import draw_images, labels_of, recorded
-from consistency.sampling.samplers import ConsistencySampler, OdeSampler
 from consistency.sampling.views import guided
 from consistency.validation.commands import ending_of
 
@@ -34,8 +34,9 @@ def sample(cfg: DictConfig) -> Path:
     """Draw images from a trained model; returns what was written."""
     out, device = Path(cfg.out), find_device(cfg.device)
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
+    cfg.sampler = sampler_of(cfg, denoiser.kind)
     sampler = instantiate(cfg.sampler, _convert_="object")
-    check_sampler(sampler, info.get("method"), cfg.ckpt)
+    check_sampler(sampler, denoiser.kind, cfg.ckpt)
     if ending_of(cfg.out) in (".png", ".gif"):
         batch_size = min(cfg.batch_size, cfg.num_samples)
         model = ready(denoiser, device, guidance=cfg.guidance, batch_size=batch_size, **execution_of(cfg))
@@ -84,6 +85,7 @@ def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device:
         labels=_plain(cfg.labels),
         batch_size=min(cfg.batch_size, cfg.num_samples),
         execution=execution_of(cfg),
+        imports=tuple(cfg.get("imports") or ()),
     )
     guided(denoiser, cfg.guidance)  # refuses what this model cannot do, before anything is begun
     check_ways(device, compile=cfg.compile, precision=cfg.dtype)
@@ -147,14 +149,32 @@ def _plain(labels: Any) -> Any:
     return OmegaConf.to_container(labels) if OmegaConf.is_config(labels) else labels
 
 
-def check_sampler(sampler: Any, method: str | None, ckpt: str) -> None:
-    """Refuse what draws nonsense: one evaluation of a diffusion model, an ODE solver on a consistency model."""
-    if method == "EDM" and isinstance(sampler, ConsistencySampler):
-        allowed = "sampler=heun (or euler, dpm2, ancestral)"
-        raise ValueError(f"{ckpt} is a diffusion model, which one or two evaluations cannot sample; use {allowed}")
-    if method not in ("EDM", None) and isinstance(sampler, OdeSampler):
-        allowed = "sampler=onestep or multistep"
-        raise ValueError(f"{ckpt} is a consistency model ({method}), not a derivative of an ODE; use {allowed}")
+DEFAULT_SAMPLERS = {"diffusion": "heun", "consistency": "onestep", "flow_map": "onestep"}  # of each kind of model
+
+
+def sampler_of(cfg: DictConfig, kind: str) -> DictConfig:
+    """The sampler of a command: the one that was asked for, or the default of this kind of model."""
+    if cfg.sampler is not None:
+        return cfg.sampler
+    return DictConfig(OmegaConf.load(CONF_DIR / "sampler" / f"{DEFAULT_SAMPLERS[kind]}.yaml"))
+
+
+def check_sampler(sampler: Any, kind: str, ckpt: str) -> None:
+    """Refuse what draws nonsense: one evaluation of a diffusion model, an ODE solver on a consistency model.
+
+    Args:
+        sampler: With an attribute `kinds`, the kinds of models that it can sample; one without it may sample any.
+        kind: Of the model.
+        ckpt: For the message.
+
+    Raises:
+        ValueError: with samplers that fit.
+    """
+    if kind not in getattr(sampler, "kinds", (kind,)):
+        allowed = {"diffusion": "heun, euler, dpm2 or ancestral"}.get(kind, "onestep or multistep")
+        raise ValueError(
+            f"{ckpt} is a {kind} model, which {type(sampler).__name__} cannot sample; use sampler={allowed}"
+        )
 
 
 def sample_images(

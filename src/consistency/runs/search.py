@@ -21,7 +21,7 @@ def search(cfg: DictConfig) -> dict[str, Any]:
     Indices count down from sigma_max on the Karras grid of `num_levels` points, as in diffusers' `timesteps`.
     """
     subject = load_subject(cfg)
-    if subject.info.get("method") == "EDM":
+    if subject.denoiser.kind == "diffusion":
         raise ValueError(f"{cfg.ckpt} is a diffusion model, which has no levels to search for; use a consistency model")
     grid = OdeSampler(sample_heun, num_steps=cfg.num_levels).levels(subject.denoiser)[:-1]
     name = subject.evaluation.names(subject.extractor)[0]

@@ -26,7 +26,7 @@ def describe_wandb_run(wandb: DictConfig, cfg: DictConfig, run_dir: Path) -> Non
         file.write_text(wandb.id)
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     if wandb.get("job_type", "") is None:
-        wandb.job_type = choices.get("method") or cfg.method._target_.rpartition(".")[2]
+        wandb.job_type = choices.get("method") or "train"
     if wandb.get("tags", "") is None:
         wandb.tags = [tag for tag in (choices.get("experiment"), choices.get("data"), cfg.get("variant")) if tag]
 

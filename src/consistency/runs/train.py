@@ -22,7 +22,16 @@ from consistency.callbacks.quality import QualityCallback
 from consistency.callbacks.randomness import StepSeeds
 from consistency.checkpoints.io import save_denoiser
 from consistency.files import MODEL_FOLDER
-from consistency.runs.build import build_data, build_loggers, build_method, build_parts, build_trainer, fit_quietly
+from consistency.methods.base import Method
+from consistency.runs.build import (
+    build_data,
+    build_loggers,
+    build_parts,
+    build_trainer,
+    fit_quietly,
+    make_method,
+    prepare_method,
+)
 from consistency.runs.folder import belongs_to_images, check_same_settings, say_where, status_of, write_status
 from consistency.runs.objective import check_objective, results
 from consistency.runs.resume import (
@@ -55,9 +64,10 @@ def train(cfg: DictConfig) -> float | None:
         check_same_settings(cfg, settings_of(before, checkpoint), run_dir)
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    method = make_method(cfg)  # a wrong part is said before a data set is decoded
     data = build_data(cfg)
     check_same_data(before.get("data"), data, run_dir)
-    method = build_method(cfg, data, is_new=checkpoint is None)
+    prepare_method(method, cfg, data, is_new=checkpoint is None)
     per_image = cfg.randomness == "per_image"
     always = [StepSeeds(cfg.seed, per_image=per_image), EndOfRun(cfg.trainer.max_steps), RanksAgree()]
     callbacks = [*always, *build_parts(cfg.callbacks)]
@@ -102,7 +112,7 @@ def train(cfg: DictConfig) -> float | None:
     return _end(cfg, method, callbacks, run_dir, seconds)
 
 
-def _end(cfg: DictConfig, method: Any, callbacks: list[Any], run_dir: Path, seconds: float) -> float | None:
+def _end(cfg: DictConfig, method: Method, callbacks: list[Any], run_dir: Path, seconds: float) -> float | None:
     """Write down how far the run came, and export the model of one that is finished.
 
     Raises:
@@ -141,12 +151,12 @@ def _end(cfg: DictConfig, method: Any, callbacks: list[Any], run_dir: Path, seco
     return facts["objective"]
 
 
-def _export(method: Any, callbacks: list[Any], run_dir: Path, cfg: DictConfig) -> None:
+def _export(method: Method, callbacks: list[Any], run_dir: Path, cfg: DictConfig) -> None:
     """Write the model folder with the first average (raw weights where there is none)."""
-    info = {
+    info: dict[str, Any] = {
         "method": type(method).__name__,
         "weights": "raw",
-        "data": cfg.data.dataset._target_,
+        "data": str(cfg.data.dataset.get("_target_", type(cfg.data.dataset).__name__)),
         "seed": cfg.seed,
         "step": method.progress.step,
         "images_seen": method.progress.images_seen,

@@ -21,6 +21,7 @@ import torch
 from consistency.checkpoints.io import load_model
 from consistency.evaluation.storage import digest_of
 from consistency.models.execution import run_as
+from consistency.models.register import import_modules
 from consistency.runs.shards import Shards
 from consistency.sampling.images import draw_images, labels_of
 from consistency.sampling.views import guided, in_full_batches
@@ -43,6 +44,7 @@ class Job:
         labels: As `labels_of` takes them.
         batch_size: Images at a time; of a compiled network all batches are that large.
         execution: How the network is run; see `ready`.
+        imports: Modules that register what the model is made of.
     """
 
     ckpt: str
@@ -54,9 +56,11 @@ class Job:
     labels: Any
     batch_size: int = 1
     execution: dict[str, Any] = field(default_factory=dict)
+    imports: tuple[str, ...] = ()
 
     def model(self, device: torch.device) -> Any:
         """The denoiser, ready to draw on its device."""
+        import_modules(self.imports)
         denoiser, _ = load_model(self.ckpt, self.weights)
         if weights_digest(denoiser) != self.digest:
             raise ValueError(f"{self.ckpt} changed while it was read; the same command draws from the new weights")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
-from consistency.noise.grids import descending, descending_with_zero
-from consistency.ops import derive_seed, find_device, from_uint8, image_seeds, randn_of_seeds, to_uint8
+from consistency.models.parametrization import sampling_levels
+from consistency.noise.grids import RHO, descending
+from consistency.ops import add_noise, derive_seed, find_device, from_uint8, image_seeds, randn_of_seeds, to_uint8
 from consistency.sampling import views
 from consistency.sampling.images import counted, given_labels
 from consistency.sampling.labels import guess_labels
@@ -28,17 +29,15 @@ class Drawing:
 
     Args:
         denoiser: The model.
-        is_consistency: Multistep sampling; otherwise Heun's method on the ODE of a diffusion model.
         device: auto, cpu, cuda, cuda:1 or mps.
         batch_size: Images at a time.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, *, is_consistency: bool, device: str = "auto", batch_size: int = 256
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, *, device: str = "auto", batch_size: int = 256) -> None:
         self.device = find_device(device)
         self.denoiser = denoiser.eval().to(self.device)
-        self.is_consistency, self.batch_size = is_consistency, batch_size
+        self.is_consistency = denoiser.kind != "diffusion"  # multistep sampling; else Heun's method on the ODE
+        self.batch_size = batch_size
         self.last_levels: list[float] = []  # of the last call
         self.last_evaluations = 0  # of the network for each image, in the last call, all included
         self.last_labels: list[int] | None = None
@@ -56,8 +55,8 @@ class Drawing:
 
     @property
     def can_guide(self) -> bool:
-        """Whether the model knows what an image without its label is (`network.label_dropout`)."""
-        return self.num_classes > 0 and self.denoiser.network.label_dropout > 0
+        """Whether the model knows what an image without its label is (`model.label_dropout`)."""
+        return self.num_classes > 0 and self.denoiser.label_dropout > 0
 
     def levels(
         self, steps: int | None = None, levels: Sequence[float] | None = None, *, start: float | None = None
@@ -83,7 +82,8 @@ class Drawing:
             raise ValueError(f"steps must be an integer, at least 1, got {steps}")
         if self.is_consistency:
             return descending(steps or 39, sigma_min=low, sigma_max=first).tolist()
-        return descending_with_zero(steps or 18, sigma_min=low, sigma_max=first)[:-1].tolist()
+        own = self.denoiser.parametrization
+        return sampling_levels(own, steps or 18, sigma_min=low, sigma_max=first, rho=RHO)[:-1].tolist()
 
     def _edit(
         self,
@@ -144,7 +144,7 @@ class Drawing:
                 first = randn_like(torch.empty(0, device=self.device, dtype=kind))
                 if noise is not None:
                     first = noise[rows].to(first)
-                x = levels[0] * first + (0 if base is None else base[rows].to(first))
+                x = levels[0] * first if base is None else add_noise(base[rows].to(first), first, levels[0])
                 own = None if labels is None else labels[rows].to(self.device)
                 denoiser = guided if view is None else view(guided, rows)
                 denoiser = denoiser if known is None else views.keeping(denoiser, known(rows))

@@ -96,7 +96,7 @@ def given_labels(labels: Any, num_images: int, num_classes: int, *, none: bool =
         labels = range(num_classes)
     given = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
     if not given or not all(type(label) is int and -none <= label < num_classes for label in given):
-        what = ", or -1 for none" if none else " (-1, no label, takes network.label_dropout in training)"
+        what = ", or -1 for none" if none else " (-1, no label, takes model.label_dropout in training)"
         allowed = f"integers in [0, {num_classes - 1}]{what if none or -1 in given else ''}"
         raise ValueError(f"labels must be {allowed}, got {labels}")
     return torch.tensor([given[index % len(given)] for index in range(num_images)])

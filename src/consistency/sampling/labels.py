@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
+from consistency.ops import add_noise
 
 MOST_CLASSES = 100
 
@@ -40,7 +41,7 @@ def guess_labels(
         raise ValueError(f"{what}; say which ones these images are: labels=")
     errors = images.new_zeros(denoiser.num_classes, len(images))
     for sigma in sigmas:
-        noisy = images + sigma * randn_like(images)
+        noisy = add_noise(images, randn_like(images), sigma)
         level = images.new_full((len(images),), sigma)
         for label in range(denoiser.num_classes):
             estimate = denoiser(noisy, level, torch.full((len(images),), label, device=images.device))

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
-from consistency.noise.grids import RHO, SIGMA_MIN, descending_with_zero
+from consistency.models.parametrization import sampling_levels
+from consistency.noise.grids import RHO, SIGMA_MIN
 from consistency.sampling.steps import DenoiserFn, euler_step, heun_step, ode_derivative
 
 RandnLike = Callable[[Tensor], Tensor]
@@ -184,6 +185,8 @@ class ConsistencySampler:
             levels: iCT 0.821 (CIFAR-10) and 1.526 (ImageNet-64); CD 0.585 and 1.382.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("consistency", "flow_map")
+
     mid_sigmas: Sequence[float] = ()
 
     def __post_init__(self) -> None:
@@ -208,14 +211,16 @@ class ConsistencySampler:
 
 @dataclass(frozen=True)
 class OdeSampler:
-    """A solver of the probability flow ODE, on the Karras grid of the model's own range.
+    """A solver of the probability flow ODE, on the grid of the model's parametrization (Karras's, or its own).
 
     Args:
         solver: `sample_euler`, `sample_heun`, `sample_dpm2` or `sample_ancestral`, with its options bound.
         num_steps: Levels before the final 0; EDM uses 18 on CIFAR-10, 40 on FFHQ, 256 on ImageNet-64.
         rho: Curvature of the Karras grid.
-        grid: `(num_steps, *, sigma_min, sigma_max) -> levels` in place of the Karras grid, as `uniform_time`.
+        grid: `(num_steps, *, sigma_min, sigma_max) -> levels` in place of that grid, as `uniform_time`.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ("diffusion", "flow_map")
 
     solver: Callable[..., Tensor]
     num_steps: int = 18
@@ -230,12 +235,12 @@ class OdeSampler:
 
     def __repr__(self) -> str:
         """The same in every process: the functions by their names and options, not their addresses."""
-        parts = [_named(self.solver), f"num_steps={self.num_steps}", f"rho={self.rho}"]
-        return f"OdeSampler({', '.join(parts + ([_named(self.grid)] if self.grid else []))})"
+        parts = [described(self.solver), f"num_steps={self.num_steps}", f"rho={self.rho}"]
+        return f"OdeSampler({', '.join(parts + ([described(self.grid)] if self.grid else []))})"
 
     def levels(self, denoiser: Denoiser) -> list[float]:
         """Noise levels of the grid, the final 0 included."""
-        grid = self.grid or partial(descending_with_zero, rho=self.rho)
+        grid = self.grid or partial(sampling_levels, denoiser.parametrization, rho=self.rho)
         return grid(self.num_steps, sigma_min=denoiser.sigma_min, sigma_max=denoiser.sigma_max).tolist()
 
     def __call__(
@@ -246,11 +251,13 @@ class OdeSampler:
         return self.solver(denoiser, noise * denoiser.sigma_max, sigmas, labels=labels, randn_like=randn_like)
 
 
-def _named(function: Callable[..., Any]) -> str:
-    """`sample_heun(s_churn=40)` of a function or a partial of one."""
+def described(function: Any) -> str:
+    """A sampler or solver in one line, the same in every process: `sample_heun(s_churn=40)`."""
+    if is_dataclass(function):
+        return repr(function)
     if not isinstance(function, partial):
         return getattr(function, "__name__", type(function).__name__)
-    return f"{_named(function.func)}({', '.join(f'{key}={value}' for key, value in function.keywords.items())})"
+    return f"{described(function.func)}({', '.join(f'{key}={value}' for key, value in function.keywords.items())})"
 
 
 def _level(sigma: float, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def guided(denoiser: Denoiser, weight: float) -> Any:
     consistency model the formula goes past the end points of two trajectories; it works, but follows from nothing.
 
     Args:
-        denoiser: A class-conditional model, trained with `network.label_dropout` above 0.
+        denoiser: A class-conditional model, trained with `model.label_dropout` above 0.
         weight: 1 is the conditional model, 0 the unconditional one; above 1 labels are obeyed more, variety shrinks.
 
     Raises:
@@ -66,9 +66,9 @@ def guided(denoiser: Denoiser, weight: float) -> Any:
         return denoiser
     if not math.isfinite(weight):
         raise ValueError(f"guidance must be a finite number, got {weight}; 1 is none")
-    if not (denoiser.num_classes and denoiser.network.label_dropout > 0):
+    if not (denoiser.num_classes and denoiser.label_dropout > 0):
         what = "has no labels" if not denoiser.num_classes else "never saw an image without its label"
-        allowed = "guidance=1, or a model trained with network.label_dropout=0.1"
+        allowed = "guidance=1, or a model trained with model.label_dropout=0.1"
         raise ValueError(f"guidance is {weight}, but the model {what}; use {allowed}")
 
     def answer(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:

@@ -37,8 +37,6 @@ from consistency.sweeps.variants import key
 
 log = logging.getLogger(__name__)
 
-_INDEPENDENT = ("RandomSampler", "QMCSampler")  # they learn nothing from trials, and may be asked for all at once
-
 
 class SearchSweeper(Sweeper):
     """Ask Optuna for trials, launch them as runs `trial000`, `trial001`, ..., and tell it what came out.
@@ -171,8 +169,10 @@ class SearchSweeper(Sweeper):
     def _batch_size(self) -> int:
         if isinstance(self.batch, int):
             return self.batch
-        if self.sampler is not None and self.sampler["_target_"].endswith(_INDEPENDENT):
-            return self.n_trials
+        from optuna.samplers import QMCSampler, RandomSampler
+
+        if isinstance(self._sampler(0), QMCSampler | RandomSampler):
+            return self.n_trials  # they learn nothing from trials, and may be asked for all at once
         if not hasattr(self.launcher, "slots"):
             raise ValueError("hydra.sweeper.batch=auto is for hydra/launcher=local; give a number with this launcher")
         gpus = 0 if OmegaConf.select(self.config, "trainer.accelerator") == "cpu" else self.launcher.gpus
@@ -188,12 +188,15 @@ class SearchSweeper(Sweeper):
 
     def _sampler(self, number: int) -> Any:
         """Build a sampler for the trial of this number: one seed for all would repeat itself after a restart."""
+        from optuna.samplers import QMCSampler
+
         settings: Any = OmegaConf.to_container(self.sampler) if self.sampler is not None else {}
+        sampler = _built(settings or None)
         # The seed of a quasi-random sequence names the sequence, whose position is in the journal.
-        if isinstance(settings.get("seed"), int) and not settings["_target_"].endswith("QMCSampler"):
-            digest = hashlib.sha256(f"{settings['seed']} {number}".encode()).digest()
-            settings["seed"] = int.from_bytes(digest[:4], "big")
-        return _built(settings or None)
+        if not isinstance(settings.get("seed"), int) or isinstance(sampler, QMCSampler):
+            return sampler
+        digest = hashlib.sha256(f"{settings['seed']} {number}".encode()).digest()
+        return _built({**settings, "seed": int.from_bytes(digest[:4], "big")})
 
     def _run(self, study: Any, trials: Sequence[Any], fixed: Sequence[str], folder: Path) -> None:
         jobs = [self._overrides(study, trial, fixed, folder) for trial in trials]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 Rule = tuple[Callable[[Any], bool], str]
-MAX_CHANNELS = 100_000  # of a layer: beyond it, the first convolution alone has 10^11 weights
 _PRECISIONS = ("16-mixed", "16-true", "32", "32-true", "64", "64-true", "bf16", "bf16-mixed", "bf16-true", "16")
 
 
@@ -59,10 +58,6 @@ _RULES: dict[str, Rule] = {
     "callbacks.nonfinite.patience": _COUNT,
     "callbacks.nonfinite.wait": (lambda value: isinstance(value, bool), "true or false"),
     "callbacks.collapse.num_images": _COUNT,
-    "network.channels": (
-        lambda value: type(value) is int and 1 <= value <= MAX_CHANNELS,
-        f"an integer, at least 1 and at most {MAX_CHANNELS}",
-    ),
     "optimizer.betas": (
         lambda value: _is_list(value, lambda entry: _is_number(entry) and 0 <= entry < 1) and len(value) == 2,
         "a list of two numbers from 0 to below 1, as [0.9,0.999]",

@@ -36,8 +36,8 @@ def validate(cfg: DictConfig) -> None:
     check_ranges(settings)  # type: ignore[arg-type]
     validate_data(cfg)
     _validate_values(cfg)
-    _validate_method(cfg)
-    if not _is_distillation(cfg):  # its network is the teacher's
+    _validate_parts(cfg)
+    if "denoiser" in cfg.method:  # else the network is another model's, as a teacher's
         _validate_network(cfg)
 
 
@@ -97,11 +97,10 @@ def _validate_values(cfg: DictConfig) -> None:
     if cfg.compile in ("reduce-overhead", "max-autotune"):  # gradients of a replay lie where the next one puts its own
         allowed = f"1 with compile={cfg.compile}, or compile=true"
         require(parts == 1, "trainer.accumulate_grad_batches", parts, allowed)
-    noise = ("sigma_min", "sigma_max", "rho", "sigma_data", "noise_scale")
-    for option in ("optimizer.lr", *(f"noise.{name}" for name in noise)):
+    for option in ("optimizer.lr", "model.sigma_min", "model.sigma_max", "data.sigma_data"):
         require_positive(cfg, option)
-    low, high = cfg.noise.sigma_min, cfg.noise.sigma_max
-    require(low < high, "noise.sigma_min", low, f"between 0 and noise.sigma_max={high}")
+    low, high = cfg.model.sigma_min, cfg.model.sigma_max
+    require(low < high, "model.sigma_min", low, f"between 0 and model.sigma_max={high}")
 
 
 def validate_data(cfg: DictConfig) -> None:
@@ -111,92 +110,52 @@ def validate_data(cfg: DictConfig) -> None:
         ValueError: one line, as `validate`.
     """
     for option, low in (("batch_size", 1), ("image_size", 1), ("num_classes", 0), ("num_workers", 0)):
-        require_integer(cfg, f"data.{option}", low)
+        if option in cfg.data or option != "num_workers":
+            require_integer(cfg, f"data.{option}", low)
     channels, limit = cfg.data.channels, cfg.data.dataset.get("limit")
     require(type(channels) is int and channels in (1, 3), "data.channels", channels, "1 (grey) or 3 (colour)")
     is_limit = limit is None or (type(limit) is int and limit >= 1)
     require(is_limit, "data.dataset.limit", limit, "an integer, at least 1, or null for all images")
     for option in ("flip", "on_device"):
-        value = cfg.data[option]
+        value = cfg.data.get(option, False)
         require(isinstance(value, bool), f"data.{option}", value, "true or false")
 
 
 def _validate_network(cfg: DictConfig) -> None:
-    for option in ("channels", "num_blocks"):
-        require_integer(cfg, f"network.{option}", 1)
-    given = {option: value for option, value in cfg.network.items() if value is not None}
-    for option in ("head_channels", "num_heads", "norm_groups", "dropout_max_resolution"):
-        if option in given:
-            require_integer(cfg, f"network.{option}", 1)
-    for option in ("fourier_scale", "noise_channel_mult", "emb_channel_mult", "skip_scale", "norm_eps"):
-        if option in given:
-            require_positive(cfg, f"network.{option}")
-    for option in ("scale_shift", "input_pyramid", "conv_resample", "adm"):
-        value = given.get(option, False)
-        require(isinstance(value, bool), f"network.{option}", value, "true or false")
-    require_integer(cfg, "network.augment_channels", 0)
-    dropout, taps = cfg.network.dropout, cfg.network.resample_filter
-    require(is_number(dropout) and 0 <= dropout < 1, "network.dropout", dropout, "a number from 0 to below 1")
-    hidden = cfg.network.get("label_dropout", 0.0)
-    is_probability = is_number(hidden) and 0 <= hidden < 1 and (hidden == 0 or cfg.network.num_classes > 0)
-    allowed = "a number from 0 to below 1, and 0 with network.num_classes=0"
-    require(is_probability, "network.label_dropout", hidden, allowed)
-    is_filter = isinstance(taps, ListConfig) and len(taps) % 2 == 0 and all(map(is_number, taps)) and sum(taps) > 0
-    require(is_filter, "network.resample_filter", taps, "a list of an even number of taps, as [1,1] or [1,3,3,1]")
-    _validate_sizes(cfg)
+    """The network, by making it without memory: its constructor knows best what is allowed."""
+    require(cfg.network is not None and "_target_" in cfg.network, "network", None, "unet_tiny, or another network=")
+    classes, number = cfg.network.get("num_classes", 0), cfg.data.num_classes
+    require(classes in (0, number), "network.num_classes", classes, f"0 (unconditional) or data.num_classes={number}")
+    import torch
+    from hydra.errors import InstantiationException
+    from hydra.utils import get_object, instantiate
+
+    try:
+        get_object(cfg.network._target_)  # imported outside, or the module's own tensors would be without memory too
+        with torch.device("meta"):
+            instantiate(cfg.network, _convert_="object")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        if not isinstance(error.__cause__, NotImplementedError | RuntimeError):
+            raise  # other networks cannot be made without memory; the run will tell
 
 
-def _validate_sizes(cfg: DictConfig) -> None:
-    """Of the feature maps, and where attention is."""
-    mult, size, classes = cfg.network.channel_mult, cfg.data.image_size, cfg.network.num_classes
-    is_list = isinstance(mult, ListConfig) and len(mult) > 0 and all(isinstance(m, int) and m > 0 for m in mult)
-    require(is_list, "network.channel_mult", mult, "a list of positive integers, one for each size")
-    allowed = f"short enough that data.image_size={size} can be halved {len(mult) - 1} times"
-    require(size % 2 ** (len(mult) - 1) == 0, "network.channel_mult", list(mult), allowed)
-    allowed = f"0 (unconditional) or data.num_classes={cfg.data.num_classes}"
-    require(classes in (0, cfg.data.num_classes), "network.num_classes", classes, allowed)
-    listed, sizes = cfg.network.attention_resolutions, [size >> level for level in range(len(mult))]
-    is_list = isinstance(listed, ListConfig) and all(type(entry) is int and entry > 0 for entry in listed)
-    require(is_list, "network.attention_resolutions", listed, f"a list of sizes in pixels, of {sizes}")
-    if absent := [entry for entry in listed if entry not in sizes]:
-        # No error: a recipe's list goes with its image size, and the network is as good a one at another.
-        what = (
-            "network.attention_resolutions lists %s, but the network has feature maps of %s pixels; no attention there"
-        )
-        log.warning(what, absent, sizes)
-
-
-def _validate_method(cfg: DictConfig) -> None:
+def _validate_parts(cfg: DictConfig) -> None:
     """Parts that do not go together."""
-    method, draw = (part._target_.rpartition(".")[2] for part in (cfg.method, cfg.draw))
-    is_edm, is_distillation = method == "EDM", _is_distillation(cfg)
-    is_single = draw in ("LogNormal", "UniformTime", "FixedLevel")
-    single = "lognormal, uniform_time or fixed (one level an image)"
-    pairs = "uniform_index, lognormal_index or ratio (pairs)"
-    require(is_single == is_edm, "draw", draw, single if is_edm else pairs)
-    if draw == "FixedLevel":
-        require_positive(cfg, "draw.sigma")
-    if is_edm:
-        allowed = "uniform, edm, snr, snr_plus_one, truncated_snr or velocity with method=edm or flow"
-        require(not cfg.weighting._target_.endswith("inverse_gap"), "weighting", "inverse_gap", allowed)
-    if is_distillation:
+    if "guidance" in cfg.method:
         require(is_number(cfg.method.guidance), "method.guidance", cfg.method.guidance, "a number; 1 for none")
-    # What augment=edm sets is there without a network.
-    has_network = cfg.network is not None and "channel_mult" in cfg.network
-    require(has_network or is_distillation, "network", None, "unet_tiny, or method=cd (the teacher's)")
-    augmented = cfg.data.get("augment") is not None
-    require(is_edm or not augmented, "augment", "edm", "none, but with method=edm (the network is told of it)")
-    if augmented:
-        require(not cfg.data.flip, "data.flip", cfg.data.flip, "false with augment=edm, which mirrors by itself")
-        channels = cfg.network.get("augment_channels")
+    if cfg.data.get("augment") is not None:
+        require(not cfg.data.get("flip"), "data.flip", True, "false with augment=edm, which mirrors by itself")
+        channels = (cfg.network or {}).get("augment_channels")
         require(channels == 9, "network.augment_channels", channels, "9 with augment=edm")
-    if draw == "RatioPairs":
-        gap = cfg.draw.q ** -(cfg.trainer.max_steps // cfg.draw.steps_per_stage + 1.0)
+    if "steps_per_stage" in cfg.levels:
+        gap = cfg.levels.q ** -(cfg.trainer.max_steps // cfg.levels.steps_per_stage + 1.0)
         allowed = "so many that the pairs of the last stage stay apart (q^-stages above 1e-6)"
-        require(gap > 1e-6, "draw.steps_per_stage", cfg.draw.steps_per_stage, allowed)
-    if cfg.get("metric") is not None and cfg.metric._target_.endswith("LPIPS") and cfg.metric.resize is None:
+        require(gap > 1e-6, "levels.steps_per_stage", cfg.levels.steps_per_stage, allowed)
+    if "resize" in (cfg.get("metric") or {}) and cfg.metric.resize is None:
         require(cfg.data.image_size >= 16, "metric.resize", None, "224, or images of at least 16 pixels")
-    require(cfg.teacher is not None or not is_distillation, "teacher", None, "a run or model of method=edm")
+    require(cfg.teacher is not None or "teacher" not in cfg.method, "teacher", None, "a run or model of method=edm")
     for option in ("teacher", "init_from"):
         source = cfg.get(option)
         if source is not None:
@@ -205,7 +164,3 @@ def _validate_method(cfg: DictConfig) -> None:
             )
             allowed = f"an existing run, model folder or .ckpt file; {hint}"
             require(Path(str(source)).exists(), option, source, allowed)
-
-
-def _is_distillation(cfg: DictConfig) -> bool:
-    return cfg.method._target_.endswith(".ConsistencyDistillation")

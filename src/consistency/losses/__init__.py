@@ -1,1 +1,0 @@
-"""One training step's mathematics, per sample: every loss is [B], never reduced over the batch."""
