@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from consistency import config
+from consistency import cli, config
 from consistency.checkpoints.io import save_denoiser
 
 BIN = Path(sys.executable).parent
@@ -28,6 +28,7 @@ def command(name, *overrides, cwd, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     """Ctrl-C between the micro-batches of a run with dropout, a moving target and two averages."""
     settings = [
@@ -91,7 +92,9 @@ def assert_same(a, b):
     ("overrides", "words"),
     [
         (["experiment=digits_cd", "teacher=nowhere"], ["teacher", "nowhere", "consistency-train experiment="]),
-        (["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]),
+        pytest.param(
+            *(["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]), marks=pytest.mark.slow
+        ),
         (["metric=nope"], ["nope", "pseudo_huber"]),
         (["trainer.max_step=3"], ["max_step"]),
         (["logger=null"], ["logger is null", "csv", "~logger"]),
@@ -108,6 +111,7 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_sampling_loads_neither_the_compiler_nor_lightning(make_denoiser, tmp_path):
     save_denoiser(make_denoiser(), tmp_path / "model", {"method": "ConsistencyTraining"})
     code = (
@@ -120,9 +124,44 @@ def test_sampling_loads_neither_the_compiler_nor_lightning(make_denoiser, tmp_pa
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.slow
 def test_editing_and_measuring_images_of_ones_own_load_no_lightning():
     code = "import sys, consistency.runs.edit, consistency.runs.evaluate; assert 'lightning' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_finished_run_is_recognised_before_anything_heavy_is_imported(tmp_path):
+    run = tmp_path / "outputs" / "smoke_ict"
+    (run / "model").mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "finished"}')
+    (run / "model" / "config.json").write_text("{}")
+    code = (
+        "import sys; from consistency.cli import train; train(); assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "experiment=smoke_ict", f"hydra.run.dir={run}", f"paths.output_dir={run}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "is finished already" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "policy"),
+    [
+        (0.3, {}, None),
+        (2.0, {}, "passive"),
+        (2.0, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (2.0, {"KMP_BLOCKTIME": "1"}, None),
+    ],
+)
+def test_waiting_threads_sleep_on_a_busy_machine(monkeypatch, load, given, policy):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    cli.let_waiting_threads_sleep()
+    found = os.environ.pop("OMP_WAIT_POLICY", None)
+    assert found == policy
 
 
 def test_help_copies_no_stored_configuration():
@@ -132,6 +171,7 @@ def test_help_copies_no_stored_configuration():
     assert store.load("hydra/config.yaml").node is not store.load("hydra/config.yaml").node
 
 
+@pytest.mark.slow
 def test_the_mathematics_loads_neither_lightning_nor_hydra():
     code = (
         "import sys; from consistency import Denoiser, UNet, consistency_loss, ConsistencySampler; "
