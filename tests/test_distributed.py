@@ -15,6 +15,7 @@ from consistency.runs.folder import RefusedError
 from test_resume import stopped
 from test_runs import run
 
+pytestmark = pytest.mark.slow
 SPY = '''
 """A callback that writes down what its rank saw."""
 

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     script = Path(__file__).with_name("faults.py")
     command = [

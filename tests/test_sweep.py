@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 COMMAND = Path(sys.executable).parent / "consistency-train"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ABLATION = """# @package _global_

@@ -14,6 +14,7 @@ from PIL import Image
 
 from consistency.config import CONF_DIR
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
