@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def command(name, *overrides, cwd, code=0):
     done = subprocess.run(
-        [BIN / name, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+        [BIN / name, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -51,7 +51,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     for line in process.stdout:
         if line.startswith("step 30/60"):
             process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=600) == 130
     status = json.loads((tmp_path / "outputs/stopped/status.json").read_text())
     assert status["state"] == "interrupted"
     assert 30 <= status["step"] < 60

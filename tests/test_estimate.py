@@ -48,7 +48,7 @@ def test_micro_batches_are_found_by_themselves(tmp_path, monkeypatch, caplog):
 def command(folder, *overrides):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [COMMAND, *overrides, "experiment=smoke_ct", "estimate=true"]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow

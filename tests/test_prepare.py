@@ -141,11 +141,11 @@ def test_ctrl_c_ends_in_one_line(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "data").glob("cache/.*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=600)[1]
     assert (process.returncode, said) == (130, "consistency: stopped by Ctrl-C\n")
     assert [path.name for path in (tmp_path / "data" / "cache").iterdir() if path.is_dir()] == []
 

@@ -14,6 +14,7 @@ from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet
 from consistency.sampling.samplers import ConsistencySampler
 
+pytestmark = pytest.mark.slow
 TOTAL = 203  # neither 2 nor 4 divide it
 
 
