@@ -1,10 +1,11 @@
 """What several test files share: seeds, tiny models, a trainer that writes nothing, recorders, golden numbers."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,25 +20,33 @@ from snapshots import weights_of_rule
 
 DATA = Path(__file__).parent / "data"
 
-# Files of whole commands take minutes: begun first, they leave no worker idle at the end.
-SLOW = (
+# Files that take longest: begun first, they leave no worker idle at the end.
+LONGEST = (
     "test_sweep",
     "test_distributed",
-    "test_resume",
     "test_faults",
+    "test_resume",
+    "test_runs",
     "test_against_others",
-    "test_sampling_at_scale",
-    "test_page",
     "test_cli",
-    "test_estimate",
 )
+
+# The tests, and the commands that they start, must not depend on what the shell of the moment is set to.
+for name in list(os.environ):
+    if name.startswith(("SLURM_", "WANDB_", "HYDRA_", "CONSISTENCY_", "TORCHELASTIC_", "MLFLOW_")):
+        del os.environ[name]
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "FORCE_COLOR", "PYTHONOPTIMIZE"):
+    os.environ.pop(name, None)
+os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Slow files first, in that order."""
-    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+    """The longest files first, in that order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @register_network("tiny_test_network")
@@ -122,6 +131,8 @@ def record():
 @pytest.fixture
 def fit(tmp_path):
     """Train a method on random images for `steps` optimizer steps; returns the trainer."""
+
+    import lightning as L  # takes seconds, which the process that only gives out tests does not need
 
     def run(method, *, steps=1, callbacks=(), accumulate=1, batch_size=4, images=None, labels=None):
         batches = steps * accumulate

@@ -24,12 +24,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def command(name, *overrides, cwd, code=0):
     done = subprocess.run(
-        [BIN / name, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+        [BIN / name, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     """Ctrl-C between the micro-batches of a run with dropout, a moving target and two averages."""
     settings = [
@@ -52,7 +53,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     for line in process.stdout:
         if line.startswith("step 30/60"):
             process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=600) == 130
     status = json.loads((tmp_path / "outputs/stopped/status.json").read_text())
     assert status["state"] == "interrupted"
     assert 30 <= status["step"] < 60
@@ -93,7 +94,9 @@ def assert_same(a, b):
     ("overrides", "words"),
     [
         (["experiment=digits_cd", "teacher=nowhere"], ["teacher", "nowhere", "consistency-train experiment="]),
-        (["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]),
+        pytest.param(
+            *(["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]), marks=pytest.mark.slow
+        ),
         (["metric=nope"], ["nope", "pseudo_huber"]),
         (["trainer.max_step=3"], ["max_step"]),
         (["logger=null"], ["logger is null", "csv", "~logger"]),
@@ -165,6 +168,7 @@ def test_help_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_sampling_loads_neither_the_compiler_nor_lightning(make_denoiser, tmp_path):
     save_denoiser(make_denoiser(), tmp_path / "model", {"method": "ConsistencyTraining"})
     code = (
@@ -177,9 +181,44 @@ def test_sampling_loads_neither_the_compiler_nor_lightning(make_denoiser, tmp_pa
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.slow
 def test_editing_and_measuring_images_of_ones_own_load_no_lightning():
     code = "import sys, consistency.runs.edit, consistency.runs.evaluate; assert 'lightning' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_finished_run_is_recognised_before_anything_heavy_is_imported(tmp_path):
+    run = tmp_path / "outputs" / "smoke_ict"
+    (run / "model").mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "finished"}')
+    (run / "model" / "config.json").write_text("{}")
+    code = (
+        "import sys; from consistency.cli import train; train(); assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "experiment=smoke_ict", f"hydra.run.dir={run}", f"paths.output_dir={run}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "is finished already" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "policy"),
+    [
+        (0.3, {}, None),
+        (2.0, {}, "passive"),
+        (2.0, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (2.0, {"KMP_BLOCKTIME": "1"}, None),
+    ],
+)
+def test_waiting_threads_sleep_on_a_busy_machine(monkeypatch, load, given, policy):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    cli.let_waiting_threads_sleep()
+    found = os.environ.pop("OMP_WAIT_POLICY", None)
+    assert found == policy
 
 
 def test_help_copies_no_stored_configuration():
@@ -189,6 +228,7 @@ def test_help_copies_no_stored_configuration():
     assert store.load("hydra/config.yaml").node is not store.load("hydra/config.yaml").node
 
 
+@pytest.mark.slow
 def test_the_mathematics_loads_neither_lightning_nor_hydra():
     code = (
         "import sys; from consistency import Denoiser, UNet, add_noise, register_network, ConsistencySampler; "

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch._dynamo.utils import counters
 
-from consistency import config
+from composing import composed
 from consistency.callbacks.ending import EndOfRun
 from consistency.checkpoints.io import load_model
 from consistency.models.averages import frozen_copy
@@ -16,8 +15,6 @@ from consistency.ops import same_randomness
 from consistency.runs.start import start
 from consistency.runs.train import train
 from consistency.validation import training
-
-config.register()
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +26,10 @@ def _fresh():
 
 
 def run(folder, name, *overrides):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        settings = ["experiment=smoke_ct", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "logger=none"]
-        settings += ["network.channel_mult=[1]", "network.num_blocks=1", "callbacks.sample_grid=null"]
-        settings += [f"run_name={name}", f"paths.output_dir={folder / name}", *overrides]
-        cfg = compose("train", overrides=settings)
+    settings = ["experiment=smoke_ct", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=3", "logger=none"]
+    settings += ["network.channel_mult=[1]", "network.num_blocks=1", "callbacks.sample_grid=null"]
+    settings += [f"run_name={name}", f"paths.output_dir={folder / name}", *overrides]
+    cfg = composed("train", *settings)
     training.validate(cfg)
     start(cfg, lambda: train(cfg))
     return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
@@ -57,6 +53,7 @@ def straight(tmp_path_factory):
     return run(tmp_path_factory.mktemp("straight"), "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [("aot_eager", "false"), ("false", "eager")])
 def test_runs_continue_each_other(straight, tmp_path, first, then):
     crash(tmp_path, "run", f"compile={first}")
@@ -75,6 +72,7 @@ def test_runs_continue_each_other(straight, tmp_path, first, then):
     assert exported.network._compiled_call_impl is None
 
 
+@pytest.mark.slow
 def test_both_passes_share_one_dropout_mask(make_denoiser):
     online = make_denoiser(dropout=0.5).train()
     method = torch.nn.Module()
@@ -108,6 +106,7 @@ def test_refuses_an_unknown_backend(make_denoiser):
         run_as(make_denoiser(), compile="fast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [("true", "false"), ("false", "true")])
 def test_moments_follow_the_memory_order_of_their_weights(tmp_path, first, then):
     """Fused optimizers go through memory as it lies: moments in another order would fall on the wrong weights."""

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from consistency import config
+from composing import composed
 from consistency.checkpoints.io import load_denoiser
 from consistency.models.parametrization import EDM
 from consistency.ops import append_dims
@@ -20,13 +19,10 @@ from consistency.validation import commands, training
 from snapshots import snapshot
 
 DATA = Path(__file__).parent / "data"
-config.register()
 
 
 def run(command, **options):
-    overrides = [f"{key}={value}" for key, value in options.items()]
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose(command, overrides=overrides)
+    cfg = composed(command, *(f"{key}={value}" for key, value in options.items()))
     {"convert": commands.validate_convert, "export": commands.validate_export}[command](cfg)
     return {"convert": convert, "export": export}[command](cfg)
 
@@ -182,8 +178,7 @@ class TestUse:
             *("~experiment", f"paths.output_dir={user / name}", f"run_name={name}"),
             "callbacks.sample_grid.num_samples=4",
         ]
-        with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-            cfg = compose("train", overrides=[*data, *overrides])
+        cfg = composed("train", *data, *overrides)
         training.validate(cfg)
         train(cfg)
         return user / name
@@ -223,7 +218,6 @@ class TestUse:
     def test_for_sampling(self, user, teacher):
         trained = self.train(user, "ict_again", "method=ict", *self.NETWORK)
         for sampler, ckpt in (("heun", teacher), ("onestep", trained)):
-            with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-                overrides = [f"ckpt={ckpt}", f"out={user / sampler}.png", "num_samples=4", f"sampler={sampler}"]
-                cfg = compose("sample", overrides=overrides)
+            overrides = [f"ckpt={ckpt}", f"out={user / sampler}.png", "num_samples=4", f"sampler={sampler}"]
+            cfg = composed("sample", *overrides)
             assert sample(cfg).exists()

@@ -15,6 +15,7 @@ from consistency.runs.folder import RefusedError
 from test_resume import stopped
 from test_runs import run
 
+pytestmark = pytest.mark.slow
 SPY = '''
 """A callback that writes down what its rank saw."""
 
@@ -80,7 +81,7 @@ def environment(folder, **variables):
 
 
 def wait(*children, code=0):
-    told = [child.communicate(timeout=180)[0] for child in children]
+    told = [child.communicate(timeout=600)[0] for child in children]
     assert [child.returncode for child in children] == [code] * len(children), "\n".join(told)
     return "\n".join(told)
 

@@ -5,22 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from consistency import config, load, save_denoiser
+from composing import composed
+from consistency import load, save_denoiser
 from consistency.api import Model
 from consistency.data.files import read_images, save_png, save_pngs
 from consistency.runs.edit import edit
 from consistency.validation.commands import validate_edit
 
-config.register()
 INFO = {"method": "ConsistencyTraining", "weights": "ema0.999"}
 
 
 def run(folder, *overrides, out="out"):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose("edit", [f"ckpt={folder / 'model'}", f"out={folder / out}", "device=cpu", *overrides])
+    cfg = composed("edit", f"ckpt={folder / 'model'}", f"out={folder / out}", "device=cpu", *overrides)
     validate_edit(cfg)
     return edit(cfg)
 

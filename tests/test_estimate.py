@@ -6,20 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from consistency import config
+from composing import composed
 from consistency.files import locked
 from consistency.runs.estimate import estimate
 from consistency.validation import training
 
-config.register()
 COMMAND = Path(sys.executable).parent / "consistency-train"
 
 
-def composed(*overrides):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=["experiment=smoke_ct", "estimate=true", *overrides])
+def asked(*overrides):
+    cfg = composed("train", "experiment=smoke_ct", "estimate=true", *overrides)
     training.validate(cfg)
     return cfg
 
@@ -32,7 +29,7 @@ def test_says_what_the_whole_will_take(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     with caplog.at_level("INFO"):
         # An end that comes before that of the probe does not cut it short.
-        found = estimate(composed("trainer.max_steps=2", f"paths.output_dir={tmp_path / 'run'}"), steps=3)
+        found = estimate(asked("trainer.max_steps=2", f"paths.output_dir={tmp_path / 'run'}"), steps=3)
     assert found["parameters"] > 10_000
     assert 1e8 < found["peak_memory"] < 1e11
     assert found["hours"] == pytest.approx(2 * 16 / found["images_per_second"] / 3600)
@@ -44,16 +41,17 @@ def test_micro_batches_are_found_by_themselves(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     settings = ["trainer.accumulate_grad_batches=auto", f"paths.output_dir={tmp_path / 'run'}"]
     with caplog.at_level("INFO"):
-        estimate(composed(*settings), steps=1)
+        estimate(asked(*settings), steps=1)
     assert "16 = 1 devices x 1 micro-batches of 16" in caplog.text
 
 
 def command(folder, *overrides):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [COMMAND, *overrides, "experiment=smoke_ct", "estimate=true"]
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_touches_no_run_even_one_under_way(tmp_path):
     run = tmp_path / "outputs" / "smoke_ct"
     (run / ".hydra").mkdir(parents=True)

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from consistency import config, save_denoiser
+from composing import composed
+from consistency import save_denoiser
 from consistency.data.files import save_pngs
 from consistency.runs.evaluate import curve, evaluate
 from consistency.runs.rundata import _own_parts, data_of
@@ -18,7 +18,6 @@ from consistency.runs.search import search
 from consistency.runs.train import train
 from consistency.validation import commands, training
 
-config.register()
 JOBS = {
     "evaluate": (commands.validate_evaluate, evaluate),
     "curve": (commands.validate_curve, curve),
@@ -29,8 +28,7 @@ JOBS = {
 
 
 def run(command, *overrides):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose(command, overrides=list(overrides))
+    cfg = composed(command, *overrides)
     validate, job = JOBS[command]
     validate(cfg)
     return job(cfg)

@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import consistency
-from consistency import config
+from composing import composed
 from consistency.callbacks.ending import EndOfRun
 from consistency.callbacks.randomness import StepSeeds
 from consistency.runs.build import build_data, build_method, build_parts, build_trainer, fit_quietly
 
-config.register()
 OURS = str(Path(consistency.__file__).parent)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 ON_CPU_ONLY = ("unet.py:_embed",)  # F.one_hot looks at its labels on a CPU, not on CUDA
@@ -63,10 +61,9 @@ class HotLoop(Callback):
 
 
 def train(folder, enter, leave, *overrides):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        settings = ["trainer.max_steps=7", "logger=none", "callbacks.sample_grid=null", "callbacks.checkpoint=null"]
-        settings += ["callbacks.progress=null", "callbacks.log.every_n_steps=3", "callbacks.collapse=null"]
-        cfg = compose("train", overrides=[*settings, f"paths.output_dir={folder}", *overrides])
+    settings = ["trainer.max_steps=7", "logger=none", "callbacks.sample_grid=null", "callbacks.checkpoint=null"]
+    settings += ["callbacks.progress=null", "callbacks.log.every_n_steps=3", "callbacks.collapse=null"]
+    cfg = composed("train", *settings, f"paths.output_dir={folder}", *overrides)
     data = build_data(cfg)
     method = build_method(cfg, data)
     hot = HotLoop(enter, leave)

@@ -3,13 +3,12 @@
 import importlib
 import json
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from composing import composed
 from consistency import config
 from consistency.validation import training
 
@@ -78,12 +77,9 @@ def test_readme_has_the_places(script):
         script.replaced(readme, f"photographs {machine}", "")
 
 
-@cache
-def composed(ladder_command):
-    config.register()
+def of(ladder_command):
     overrides = [option for option in ladder_command if not option.startswith("hydra.")]
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=[*overrides, "paths.output_dir=unused"])
+    return composed("train", *overrides, "paths.output_dir=unused")
 
 
 @pytest.mark.parametrize("machine", ["gpu", "cpu"])
@@ -93,7 +89,7 @@ def composed(ladder_command):
 )
 def test_commands_compose(script, machine, method, data):
     ladder = script.LADDERS[machine]
-    cfg = composed(tuple(ladder.command(method, Path("runs"), data))).copy()
+    cfg = of(ladder.command(method, Path("runs"), data))
     for option in ("teacher", "init_from"):
         if cfg[option] is not None:
             assert cfg[option] == f"runs/{ladder.prefix}edm"
@@ -103,7 +99,7 @@ def test_commands_compose(script, machine, method, data):
     assert cfg.run_name == f"{ladder.prefix}{method}"
     assert (cfg.network is None) == (method == "cd")
     assert cfg.data.dataset._target_.endswith("cifar10" if data == "cifar10" else "image_zip")
-    first = composed(tuple(ladder.command("edm", Path("runs"), "cifar10_jpeg")))
+    first = of(ladder.command("edm", Path("runs"), "cifar10_jpeg"))
     images = [one.data.batch_size * one.trainer.max_steps for one in (cfg, first)]
     assert images[0] == images[1]
 

@@ -8,12 +8,13 @@ import signal
 import pytest
 import torch
 
+from composing import composed
 from consistency.callbacks.randomness import StepSeeds
 from consistency.checkpoints.io import read_checkpoint
 from consistency.data.module import ImageDataModule
 from consistency.runs.folder import RefusedError
 from consistency.runs.start import start
-from test_runs import composed, run
+from test_runs import run
 
 # Six steps of 32 over 100 images: the data begins its second pass in step 4.
 COMMON = ("+data.dataset.limit=100", "data.batch_size=32", "trainer.max_steps=6", "callbacks.log.every_n_steps=1")
@@ -75,7 +76,10 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize("method", ["edm", "cd", "ct", "ict", "ect"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("edm", "ct", "ect")]
+
+
+@pytest.mark.parametrize("method", ["cd", "ict", *SLOW])
 def test_stopped_and_continued_is_the_straight_run(tmp_path, monkeypatch, teacher, method):
     """In the middle of a pass over the data, with accumulation, a loader process, dropout, two averages."""
     more = ("trainer.accumulate_grad_batches=2", "data.num_workers=1")

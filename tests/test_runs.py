@@ -8,11 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from PIL import Image
 
-from consistency import config
+from composing import composed
 from consistency.checkpoints.io import load_model, save_denoiser
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
@@ -20,13 +19,6 @@ from consistency.runs.sample import sample
 from consistency.runs.start import start
 from consistency.runs.train import train
 from consistency.validation import commands, training
-
-config.register()
-
-
-def composed(name, *overrides):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
 
 
 def run(folder, name, *overrides):
@@ -252,6 +244,7 @@ def test_unconditional_run(folder):
         draw(folder, "unconditional", "labels=3")
 
 
+@pytest.mark.slow
 def test_loggers_of_the_extras(folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

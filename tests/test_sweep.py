@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 COMMAND = Path(sys.executable).parent / "consistency-train"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ABLATION = """# @package _global_
@@ -27,7 +28,7 @@ STUDY = ["--config-dir", "my conf", "experiment=smoke_ict", "ablation=mine", "tr
 
 
 def command(*overrides, cwd, code=0):
-    done = subprocess.run([COMMAND, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([COMMAND, *overrides], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -91,7 +92,7 @@ def test_a_killed_study_goes_on(tmp_path):
     """SIGKILL of the launcher: what is finished stays, what was under way saves by itself and continues."""
     study = ["-m", "experiment=smoke_ict", "seed=0,1,2", "trainer.max_steps=200", "hydra.launcher.slots=1"]
     launcher = subprocess.Popen([COMMAND, *study], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    outputs, deadline = tmp_path / "outputs/study", time.monotonic() + 300
+    outputs, deadline = tmp_path / "outputs/study", time.monotonic() + 600
     while not list(outputs.glob("*-seed1/metrics.csv")) and time.monotonic() < deadline:
         assert launcher.poll() is None
         time.sleep(0.05)

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from composing import composed
 from consistency import config
 from consistency.validation import training
 
-config.register()
 SWEEP = yaml.safe_load((config.EXPERIMENTS_DIR / "wandb_sweep.yaml").read_text())
 PARAMETERS = SWEEP["parameters"]
 
@@ -44,8 +43,7 @@ def test_every_value_makes_a_command_that_composes(drawn, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "xyz789")
     env, program, *overrides = command(drawn)
     assert (env, program) == ("/usr/bin/env", "consistency-train")
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=[*overrides, "paths.output_dir=unused"])
+    cfg = composed("train", *overrides, "paths.output_dir=unused")
     training.validate(cfg)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert (settings["run_name"], settings["logger"]["wandb"]["group"]) == ("trial-abc123", "sweep-xyz789")
@@ -60,8 +58,7 @@ def test_the_program_is_a_command_of_ours():
 
 
 def test_the_metric_is_one_that_the_recipe_logs():
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=["experiment=digits_ict", "paths.output_dir=unused"])
+    cfg = composed("train", "experiment=digits_ict", "paths.output_dir=unused")
     score, _, sampler = SWEEP["metric"]["name"].rpartition("_")
     assert sampler in cfg.callbacks.quality.samplers
     assert score == "fd_classifier"

@@ -22,6 +22,20 @@ from consistency.runs.folder import RefusedError
 from consistency.runs.start import REFUSED, start
 from consistency.validation import commands, training
 
+
+def let_waiting_threads_sleep() -> None:
+    """Where other processes need the cores, threads of torch that wait for each other sleep instead of spin.
+
+    A thread that spins holds the core that the thread it waits for needs: two threads on two busy cores were ten times
+    slower (docs/performance.md). OpenMP reads this once, when torch is loaded; no result depends on it. A machine that
+    is quiet, where sleeping may cost time, and what the user has set stay as they are.
+    """
+    given = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
+    if not given and os.getloadavg()[0] >= 1:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+let_waiting_threads_sleep()
 config.register()
 # `--help` copies all stored configurations for each of 90 groups, which takes two seconds; our commands change none.
 ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from consistency.config import CONF_DIR
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -28,7 +29,7 @@ def blocks(studio):
 
 
 def send(address, name, body, kind, **headers):
-    connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=600)
     connection.request("POST", f"/gradio_api/{name}", body, {"Content-Type": kind, **headers})
     reply = connection.getresponse()
     return reply.status, reply.read().decode()
@@ -115,7 +116,7 @@ def wait_for_line(page, name, words):
 
 def test_a_walk_through_the_page(blocks, studio, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1100, "height": 800})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)
     asked, errors = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))

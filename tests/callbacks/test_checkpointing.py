@@ -73,13 +73,13 @@ def test_metadata_and_seconds(make_method, train, tmp_path):
     train(make_method(), steps=2, callbacks=[first])
     assert first.metadata.items() <= stored(first)["consistency"].items()
     earlier = stored(first)["callbacks"]["RunCheckpoint"]["seconds"]
-    assert 0 < earlier < 60
+    assert earlier > 0
     # A later session adds to it.
     train(make_method(), steps=3, callbacks=[second], ckpt=first.path)
     assert progress_of(second)["step"] == 3
-    assert earlier < stored(second)["callbacks"]["RunCheckpoint"]["seconds"] < 60
+    assert stored(second)["callbacks"]["RunCheckpoint"]["seconds"] > earlier
     second.load_state_dict({"seconds": 1000.0})
-    assert 1000 < second.seconds < 1060
+    assert second.seconds > 1000
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -151,7 +151,7 @@ def test_signals_are_given_back_at_the_end(make_method, train, saver):
 def test_trains_outside_the_main_thread(make_method, train, saver):
     thread = threading.Thread(target=train, args=(make_method(),), kwargs={"steps": 3, "callbacks": [saver]})
     thread.start()
-    thread.join(60)
+    thread.join(600)
     assert progress_of(saver)["step"] == 3
 
 

@@ -15,12 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import wandb
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from consistency import config
+from composing import composed
 from consistency.callbacks.csv_logger import CsvLogger
 from consistency.callbacks.wandb_logger import WandbLogger
 from consistency.callbacks.wandb_segments import AXES, read_segments
@@ -28,8 +27,6 @@ from consistency.runs import tracking
 from consistency.runs import train as runs_train
 from consistency.runs.start import start
 from consistency.runs.train import train
-
-config.register()
 
 SMALL = (
     *("experiment=smoke_ict", "logger=wandb", "logger.wandb.offline=true", "trainer.max_steps=12"),
@@ -90,8 +87,7 @@ def _clean(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=[*SMALL, "paths.output_dir=unused"])
+    return composed("train", *SMALL, "paths.output_dir=unused")
 
 
 @pytest.fixture
@@ -194,6 +190,7 @@ def test_points_pictures_and_description(job):
     assert any(metric.glob_name == "*" and metric.step_metric == "images_seen" for metric in metrics)
 
 
+@pytest.mark.slow
 def test_three_jobs_of_one_process_are_three_runs(job):
     described = []
     for seed, name in enumerate("abc"):
@@ -206,6 +203,7 @@ def test_three_jobs_of_one_process_are_three_runs(job):
     assert len({run.run_id for run in described}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 0.7, 1], ids=["nothing-on-disk", "torn", "all-on-disk"])
 def test_after_a_kill_every_point_comes_once(job, tmp_path, part):
     # A checkpoint at 8; rows at 9 and 10 that come again; pictures at 3 and 6, and at 9 again.
@@ -229,6 +227,7 @@ def test_after_a_kill_every_point_comes_once(job, tmp_path, part):
     assert len({path.stem for path in files(directory)}) == 1  # one id
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_so_and_goes_on(job, tmp_path, monkeypatch):
     # The losses of step 6 are in W&B, its scores are not: they come when it is trained again, in the next free row.
     monkeypatch.setattr(Scores, "fails_at", 6)
@@ -246,6 +245,7 @@ def test_a_failed_run_says_so_and_goes_on(job, tmp_path, monkeypatch):
     assert [(row["step"], row["_step"]) for row in rows(directory) if row["step"] == 6] == [(6, 6), (6, 7)]
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_wandb_dies(job, caplog):
     directory = job(callbacks=[At(6, kill_wandb)])
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"

@@ -201,7 +201,7 @@ def test_two_processes_build_once(tmp_path):
     code = CHILD.format(tests=str(__file__).rpartition("/")[0])
     command = [sys.executable, "-c", code, str(tmp_path)]
     children = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "ab"]
-    said = [child.communicate(timeout=60)[0].split() for child in children]
+    said = [child.communicate(timeout=600)[0].split() for child in children]
     assert sorted(reads for reads, _ in said) == ["0", "10"]
     assert said[0][1] == said[1][1] == str(int(Counting().images.sum()))
 

@@ -11,7 +11,7 @@ from consistency.evaluation.references import compute_reference
 from consistency.evaluation.scores import frechet_distance, kernel_distance, precision_recall
 from consistency.evaluation.statistics import FeatureMoments
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 REL = 1e-6
 KEYS = {
     "fd": "frechet_inception_distance",

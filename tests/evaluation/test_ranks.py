@@ -15,6 +15,7 @@ from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.sampling.samplers import ConsistencySampler
 
+pytestmark = pytest.mark.slow
 TOTAL = 203  # neither 2 nor 4 divide it
 
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from composing import composed
 from consistency import config
 from consistency.evaluation import residual
 from consistency.evaluation.extractors import classifier_extractor, extract
@@ -151,9 +151,8 @@ def test_small_classifier_is_where_it_always_was(tmp_path):
 @pytest.mark.parametrize(("choice", "network"), [("photographs", ResidualRecipe), ("classifier", type(None))])
 def test_choice_of_the_configuration(choice, network, data, tmp_path, monkeypatch):
     config.register()
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        overrides = ["ckpt=none", f"evaluation={choice}", f"evaluation.cache_dir={tmp_path}"]
-        evaluation = instantiate(compose("evaluate", overrides=overrides).evaluation, _convert_="object")
+    cfg = composed("evaluate", "ckpt=none", f"evaluation={choice}", f"evaluation.cache_dir={tmp_path}")
+    evaluation = instantiate(cfg.evaluation, _convert_="object")
     asked = []
     monkeypatch.setattr(
         "consistency.evaluation.protocol.classifier_extractor",

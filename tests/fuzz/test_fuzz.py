@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mutations import altered_json, damaged
 from readers import ANY_ERROR, MARKER, READERS, payloads
 
+pytestmark = pytest.mark.slow
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 0))
 SECONDS, MEGABYTES = 10, 1500  # that one input may take; that all of a reader's may add to the largest size
 

@@ -40,8 +40,7 @@ def test_loss_is_that_of_the_velocity(model, fixed_random):
 
 
 def test_levels_of_the_path():
-    # t = 0 is noise, t = 1 is data: t = 1/4 is sigma 3, in the other convention of the literature it is 1/3.
-    assert ((1 - 0.25) / 0.25) == 3
+    # t = 1 / (1 + sigma): 0 is noise, 1 is data.
     sigmas = uniform_time(4, sigma_min=0.002, sigma_max=80.0)
     assert_close(1 / (1 + sigmas), torch.linspace(1 / 81, 1, 5, dtype=torch.float64))
     assert sigmas[-1] == 0

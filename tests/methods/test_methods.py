@@ -8,7 +8,6 @@ from consistency.callbacks.averaging import TargetEMA
 from consistency.methods.distillation import ConsistencyDistillation
 from consistency.methods.edm import EDM
 from consistency.methods.metrics import l2, pseudo_huber
-from consistency.methods.progress import Progress
 from consistency.methods.training import ConsistencyTraining
 from consistency.models import parametrization
 from consistency.models.denoiser import Denoiser
@@ -326,14 +325,6 @@ def test_progress_is_saved_with_the_weights(make_denoiser):
     again.load_state_dict(method.state_dict())
     # The 7 images of the unfinished step will be seen again.
     assert (again.progress.step, again.progress.images_seen, again.progress.pending) == (1, 5, 0)
-
-
-def test_skipped_steps_do_not_count():
-    progress = Progress()
-    for images in (4, 4):  # the first one overflowed: its images were seen, its step did not happen
-        progress.count(images)
-    progress.advance()
-    assert (progress.step, progress.images_seen) == (1, 8)
 
 
 def test_rate_schedule_moves_once_per_optimizer_step(make_denoiser, fit):

@@ -50,6 +50,20 @@ def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
     assert value(2e4) / value(1e4) == pytest.approx(2, rel=1e-3)
 
 
+@pytest.mark.parametrize("difference", [1e-6, 1e-4, 1e-2, 1.0])
+def test_pseudo_huber_and_its_gradient_keep_their_digits_in_float32(difference):
+    """Near zero, where the difference of the two roots would leave nothing of float32."""
+    values, slopes = [], []
+    for dtype in (torch.float32, torch.float64):
+        a = torch.full((1, 3, 4, 4), difference, dtype=dtype, requires_grad=True)
+        value = pseudo_huber(a, torch.zeros_like(a), c=0.03)
+        value.sum().backward()
+        values.append(value.double())
+        slopes.append(a.grad.double())
+    assert_close(values[0], values[1], rtol=1e-6, atol=0)
+    assert_close(slopes[0], slopes[1], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_is_a_symmetric_distance_per_sample(metric):
     a, b = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
@@ -57,7 +71,7 @@ def test_is_a_symmetric_distance_per_sample(metric):
     assert value.shape == (3,)
     assert (value > 0).all()
     assert_close(metric(b, a), value)
-    assert torch.equal(metric(a, a), torch.zeros(3))
+    assert torch.equal(metric(a, a), torch.zeros(3))  # by the formula, on every CPU
     assert_close(metric(a[1:2], b[1:2]), value[1:2])
 
 

@@ -1,5 +1,7 @@
 """Counted operations are those of the layers, and nothing needs memory or a device."""
 
+import pytest
+
 from consistency.models.flops import flops_of_image
 
 
@@ -21,6 +23,7 @@ def test_passes_add_up_and_labels_are_given(make_denoiser):
     assert 2.5 < none / (one - none) < 3.1  # backward costs twice the forward pass, but for the first layer
 
 
+@pytest.mark.slow
 def test_published_network_needs_no_memory():
     import torch
 

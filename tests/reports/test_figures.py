@@ -135,6 +135,7 @@ def test_a_damaged_grid_is_passed_over(two_metrics, study):
     assert draw_samples(groups_of(two_metrics), "onestep", ONESTEP, "samples.png") is None
 
 
+@pytest.mark.slow
 def test_pictures_stay_small():
     noise = random.Random(0).randbytes(600 * 600 * 3)
     buffer = io.BytesIO()

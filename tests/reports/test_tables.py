@@ -1,7 +1,6 @@
 """Numbers of the tables, from runs whose numbers are known."""
 
 import math
-from statistics import mean, stdev
 
 import pytest
 
@@ -30,8 +29,6 @@ def tables(folder):
 
 def test_mean_and_sample_deviation_over_seeds(two_metrics):
     rows = tables(two_metrics)[2]
-    assert mean([30, 34]) == 32
-    assert round(stdev([30, 34]), 1) == 2.8
     assert rows[0] == {
         "metric": "l2",
         "fd_classifier_onestep ↓": "32.0 ± 2.8",

@@ -33,6 +33,9 @@ if value == 'refused':
 if value == 'mute':
     print('cannot start'); sys.exit(1)
 start = time.time()
+(run_dir / 'at-work').touch()
+while len(list(run_dir.parent.glob('*/at-work'))) < int(os.environ.get('MEET', '0')):
+    time.sleep(0.01)
 time.sleep(float(os.environ.get('NAP', '0')))
 seen = {name: os.environ.get(name) for name in ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')}
 facts = {'state': 'finished', 'objective': float(value), 'objective_name': 'loss'}
@@ -146,6 +149,7 @@ def test_directories_may_be_numbered(launch, tmp_path, monkeypatch):
 
 
 def test_as_many_at_a_time_as_there_are_slots(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEET", "2")  # the first waits for the second
     monkeypatch.setenv("NAP", "0.3")
     launch(1, 2, 3, 4, 5)
     spans = [status(tmp_path, value) for value in range(1, 6)]
@@ -160,7 +164,7 @@ def test_two_runs_of_one_directory_are_refused(launch):
 
 def test_slots_reach_the_runs_before_torch_does(launch, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    monkeypatch.setenv("NAP", "0.3")
+    monkeypatch.setenv("MEET", "2")
     launch(1, 2, 3, slots="auto", gpus=2)
     seen = [status(tmp_path, value)["seen"]["CUDA_VISIBLE_DEVICES"] for value in (1, 2, 3)]
     assert seen[:2] == ["4,5", "6,7"]
@@ -168,47 +172,53 @@ def test_slots_reach_the_runs_before_torch_does(launch, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_ctrl_c_is_passed_on_once(launch, tmp_path, monkeypatch, second):
+def test_ctrl_c_is_passed_on_once(launch, tmp_path, monkeypatch, caplog, second):
     """Runs end by SIGTERM, or by SIGKILL at the second Ctrl-C; what waits is not started."""
-    monkeypatch.setenv("NAP", "30")
+    monkeypatch.setenv("NAP", "600")
 
     def interrupt():
-        time.sleep(1.0)
+        wait_until(lambda: len(list(tmp_path.glob("*/at-work"))) == 2)
         os.kill(os.getpid(), signal.SIGINT)
         if second:
-            time.sleep(0.3)
+            wait_until(lambda: "stopping: 2 runs" in caplog.text)
             os.kill(os.getpid(), signal.SIGINT)
 
     if second:  # a run that does not hear SIGTERM
-        monkeypatch.setattr(module, "command_of", lambda h, o, d, s: [sys.executable, "-c", DEAF])
+        monkeypatch.setattr(module, "command_of", lambda h, o, run_dir, s: [sys.executable, "-c", DEAF, str(run_dir)])
     thread = threading.Thread(target=interrupt)
     thread.start()
-    started = time.monotonic()
-    with pytest.raises(SystemExit) as caught:
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as caught:
         launch(1, 2, 3)
     thread.join()
     assert caught.value.code == 130
-    assert time.monotonic() - started < 10
     assert not (tmp_path / "x=3/console.log").exists()
 
 
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(30)"
+DEAF = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(pathlib.Path(sys.argv[1]) / 'at-work').touch()
+time.sleep(600)
+"""
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 600
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def test_a_run_ends_with_its_launcher(tmp_path):
     """SIGKILL of the launcher closes the pipe that the run reads."""
     environment = {**os.environ, "CONSISTENCY_WATCH_STDIN": "1"}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "pid")], env=environment)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((tmp_path / "pid").exists)
     child = int((tmp_path / "pid").read_text())
     time.sleep(0.3)
     assert is_alive(child)
     parent.kill()
     parent.wait()
-    while is_alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: not is_alive(child))
     assert not is_alive(child)
 
 
@@ -225,7 +235,7 @@ from consistency.runs.start import _end_with_launcher
 _end_with_launcher()
 pathlib.Path(sys.argv[1] + '.partial').write_text(str(os.getpid()))
 os.replace(sys.argv[1] + '.partial', sys.argv[1])
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -35,4 +35,5 @@ def pseudo_huber(a: Tensor, b: Tensor, *, c: float | None = None) -> Tensor:
     if c == 0:
         # The root of 0 has an infinite slope; equal images must give a zero gradient, not NaN.
         return torch.where(squared > 0, squared.clamp(min=1e-30).sqrt(), torch.zeros_like(squared))
-    return torch.sqrt(squared + c**2) - c
+    # Equal to sqrt(squared + c^2) - c, but exactly 0 for equal images, and without the digits that subtraction loses.
+    return squared / (torch.sqrt(squared + c**2) + c)
