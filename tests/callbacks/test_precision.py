@@ -9,6 +9,7 @@ from consistency.methods.metrics import pseudo_huber
 from consistency.noise.curricula import DoublingLevels, FixedDecay
 from consistency.noise.levels import GridPairs, uniform_index
 from consistency.noise.weightings import inverse_gap
+from given import AsGiven
 
 
 def weights(method):
@@ -71,7 +72,7 @@ def test_everything_around_the_network_is_float32(make_method, make_denoiser, fi
         return inverse_gap(lo, hi)
 
     x, hi, lo = torch.randn(2, 1, 4, 4), torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.9])
-    method = make_method(denoiser, metric=metric, weighting=weighting)
+    method = make_method(denoiser, levels=AsGiven("pair"), metric=metric, weighting=weighting)
     with torch.autocast("cpu", dtype):
         loss = method.step(x, torch.full((2,), -1), 0, fixed_random((lo, hi), torch.randn_like(x))).loss
     both = (torch.float32, torch.float32)

@@ -11,14 +11,14 @@ from consistency.models.averages import frozen_copy
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
 from consistency.noise import weightings
-from consistency.noise.curricula import FixedDecay, FixedLevels
+from consistency.noise.curricula import FixedDecay
 from consistency.noise.grids import karras_grid
-from consistency.noise.levels import GridPairs, uniform_index
 from consistency.ops import add_noise
 from consistency.sampling.steps import heun_step
+from given import AsGiven
 
 PARTS = {
-    "levels": GridPairs(FixedLevels(18), uniform_index),
+    "levels": AsGiven("pair"),
     "weighting": weightings.uniform,
     "optimizer": torch.optim.SGD,
 }

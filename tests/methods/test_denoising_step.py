@@ -6,7 +6,7 @@ from consistency.methods.edm import EDM
 from consistency.models import parametrization
 from consistency.models.denoiser import Denoiser
 from consistency.noise import weightings
-from consistency.noise.levels import LogNormal
+from given import AsGiven
 
 WEIGHTINGS = {
     "karras": weightings.edm,
@@ -31,7 +31,7 @@ class Answers:
 
 
 def edm(denoiser, weighting=weightings.uniform):
-    return EDM(denoiser, levels=LogNormal(), weighting=weighting, optimizer=torch.optim.SGD)
+    return EDM(denoiser, levels=AsGiven("level"), weighting=weighting, optimizer=torch.optim.SGD)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)

@@ -14,6 +14,7 @@ from consistency.noise import weightings
 from consistency.noise.grids import uniform_time
 from consistency.noise.levels import FixedLevel, UniformTime
 from consistency.sampling.samplers import OdeSampler, sample_euler
+from given import AsGiven
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ def test_loss_is_that_of_the_velocity(model, fixed_random):
     at = time.view(-1, 1, 1, 1)
     expected = (velocity(model, (1 - at) * z + at * x, time) - (x - z)).square().flatten(1).mean(1)
     sigma = (1 - time) / time
-    method = EDM(model, levels=UniformTime(), weighting=weightings.velocity, optimizer=torch.optim.SGD)
+    method = EDM(model, levels=AsGiven("level"), weighting=weightings.velocity, optimizer=torch.optim.SGD)
     step = method.step(x, torch.full((8,), -1), 0, fixed_random(sigma, z))
     assert_close(step.loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -59,7 +60,7 @@ def test_euler_is_the_plain_integration_of_the_velocity(model):
 
 
 def test_uniform_time_draws_the_whole_path():
-    sigma = UniformTime()(0, 20_000, CPU)
+    sigma = UniformTime()(0, torch.rand(20_000, dtype=torch.float64))
     time = 1 / (1 + sigma)
     assert float(time.min()) >= 1 / 81 - 1e-6
     assert float(time.max()) < 1

@@ -200,8 +200,8 @@ def test_edm_refuses_a_weighting_of_pairs(teacher):
 
 def test_levels_of_ones_own_are_welcome(make_denoiser, fit):
     class Own:
-        def __call__(self, step, batch_size, device):
-            return torch.full((batch_size,), 0.1), torch.full((batch_size,), 0.2)
+        def __call__(self, k, u):
+            return torch.full((len(u),), 0.1), torch.full((len(u),), 0.2)
 
         def describe(self, step):
             return {}

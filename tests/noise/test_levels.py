@@ -4,9 +4,12 @@ from torch.testing import assert_close
 
 from consistency.noise.curricula import DoublingLevels, FixedLevels
 from consistency.noise.grids import karras_grid
-from consistency.noise.levels import GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
+from consistency.noise.levels import FixedLevel, GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
 
-CPU = torch.device("cpu")
+
+def evenly(count):
+    """u in the middle of `count` equal intervals: what is computed of it has the distribution, without chance."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
 def test_index_distribution_of_ict_on_11_levels():
@@ -46,16 +49,16 @@ def test_uniform_index_is_flat():
 @pytest.mark.parametrize("index", [uniform_index, lognormal_index])
 def test_grid_pairs_are_neighbours_drawn_with_the_index_distribution(index):
     sigmas, num = karras_grid(11).float(), 40_000
-    sigma_lo, sigma_hi = GridPairs(FixedLevels(11), index)(0, num, CPU)
+    sigma_lo, sigma_hi = GridPairs(FixedLevels(11), index)(0, evenly(num))
     n = torch.searchsorted(sigmas, sigma_lo)
     assert torch.equal(sigmas[n], sigma_lo)
     assert torch.equal(sigmas[n + 1], sigma_hi)
     frequencies = torch.bincount(n, minlength=10).double() / num
-    assert_close(frequencies, index(karras_grid(11)), rtol=0, atol=0.01)
+    assert_close(frequencies, index(karras_grid(11)), rtol=0, atol=1 / num)
 
 
 def test_grid_pairs_reach_both_ends():
-    sigma_lo, sigma_hi = GridPairs(FixedLevels(40), uniform_index)(0, 4000, CPU)
+    sigma_lo, sigma_hi = GridPairs(FixedLevels(40), uniform_index)(0, evenly(4000))
     assert sigma_lo.min() == torch.tensor(0.002)
     assert sigma_hi.max() == 80
     assert float(sigma_hi.min()) == pytest.approx(0.00367659, rel=1e-5)
@@ -64,7 +67,7 @@ def test_grid_pairs_reach_both_ends():
 
 
 def test_two_levels_have_one_pair():
-    sigma_lo, sigma_hi = GridPairs(FixedLevels(2), lognormal_index)(0, 5, CPU)
+    sigma_lo, sigma_hi = GridPairs(FixedLevels(2), lognormal_index)(0, evenly(5))
     assert set(sigma_hi.tolist()) == {80}
     assert torch.equal(sigma_lo, torch.full((5,), 0.002))
 
@@ -72,15 +75,37 @@ def test_two_levels_have_one_pair():
 def test_grid_follows_the_curriculum():
     draw = GridPairs(DoublingLevels(start=1, end=4, total_steps=3), uniform_index, sigma_min=1, sigma_max=5, rho=1)
     for step, num_levels in enumerate([2, 3, 5]):
-        sigma_lo, sigma_hi = draw(step, 100, CPU)
+        sigma_lo, sigma_hi = draw(step, evenly(100))
         assert_close(sigma_hi - sigma_lo, torch.full((100,), 4 / (num_levels - 1)))
         assert draw.describe(step) == {"num_levels": num_levels}
 
 
 def test_lognormal_moments():
-    log_sigma = LogNormal(mean=-1.2, std=1.2)(0, 40_000, CPU).log()
-    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=0.03)
-    assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.03)
+    log_sigma = LogNormal(mean=-1.2, std=1.2)(0, evenly(40_000)).log()
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=1e-4)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=1e-3)
+
+
+def test_lognormal_quantiles():
+    u = torch.tensor([0.0, 0.5, 0.8413447460685429, 1 - 2.0**-53], dtype=torch.float64)
+    lowest, median, above, highest = LogNormal(mean=-1.2, std=1.2)(0, u).log().tolist()
+    assert median == pytest.approx(-1.2, abs=1e-6)
+    assert above == pytest.approx(0.0, abs=1e-6)  # one standard deviation
+    assert lowest == pytest.approx(-1.2 - 1.2 * 8.29, abs=0.02)  # u = 0 is drawn, rarely, and must not be sigma = 0
+    assert highest == pytest.approx(-1.2 + 1.2 * 8.21, abs=0.02)
+
+
+@pytest.mark.parametrize("levels", [GridPairs(FixedLevels(7), lognormal_index), RatioPairs(steps_per_stage=1)])
+def test_levels_rise_with_u_up_to_its_ends(levels):
+    u = torch.cat([torch.zeros(1), evenly(1000), torch.tensor([1 - 2.0**-53], dtype=torch.float64)])
+    for sigma in levels(3, u):
+        assert torch.isfinite(sigma).all()
+        assert (sigma.diff() >= 0).all()
+    assert levels(3, u)[0].dtype == torch.float32
+
+
+def test_one_level_for_all():
+    assert torch.equal(FixedLevel(0.3)(0, evenly(3)), torch.full((3,), 0.3))
 
 
 # ECT with q = 2, k = 8, b = 1: sigma_lo / sigma_hi by stage.
@@ -114,7 +139,7 @@ def test_one_hour_recipe_of_ect_starts_at_stage_seven():
 
 def test_ratio_pairs():
     draw = RatioPairs(steps_per_stage=10)
-    sigma_lo, sigma_hi = draw(0, 40_000, CPU)
+    sigma_lo, sigma_hi = draw(0, evenly(40_000))
     assert float(sigma_hi.log().mean()) == pytest.approx(-1.1, abs=0.05)
     assert float(sigma_hi.log().std()) == pytest.approx(2.0, abs=0.05)
     assert (sigma_lo < sigma_hi).all()

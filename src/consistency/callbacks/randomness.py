@@ -24,14 +24,17 @@ class StepSeeds(Callback):
     Args:
         seed: Of the run.
         per_image: Whether random numbers belong to images and not to ranks.
+        stratified: Whether the noise levels of a micro-batch are spread evenly over their distribution, on all ranks
+            together; see `Random`.
     """
 
-    def __init__(self, seed: int, *, per_image: bool = False) -> None:
-        self.seed, self.per_image = seed, per_image
+    def __init__(self, seed: int, *, per_image: bool = False, stratified: bool = False) -> None:
+        self.seed, self.per_image, self.stratified = seed, per_image, stratified
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Tell the method."""
         pl_module.progress.image_seed = self.seed if self.per_image else None
+        pl_module.stratified = self.stratified
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed the CPU and the device."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from consistency.methods.progress import Progress
+from consistency.methods.random import Random, RandomOfImages
 from consistency.models.denoiser import Denoiser
 from consistency.models.execution import begin_step
-from consistency.ops import seed_everywhere, send
 
 
 class Step(NamedTuple):
@@ -66,6 +66,7 @@ class Method(L.LightningModule):
         self.target_decay: Callable[[int], float] | None = None
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.progress = Progress()
+        self.stratified = False  # noise levels of a batch; see `Random`
 
     def step(self, images: Tensor, labels: Tensor, k: int, random: Random) -> Step:
         """One training step's mathematics, without Lightning. Methods that take them have `augment_labels` as well.
@@ -114,7 +115,9 @@ class Method(L.LightningModule):
         images, labels, *augment = batch
         begin_step(self.denoiser)
         k = self.progress.schedule_step
-        random, labels = self._draw(images, labels, k)
+        random = self._random(len(images))
+        if (hidden := self.denoiser.label_dropout) > 0:  # for all networks of the step
+            labels = torch.where(random.coin(images, hidden), -1, labels)
         self.progress.count(len(images) * self.trainer.world_size)
         extra: dict[str, Any] = {"augment_labels": augment[0]} if augment else {}
         step = self.step(images, labels, k, random, **extra)
@@ -138,35 +141,9 @@ class Method(L.LightningModule):
             return {"optimizer": built}
         return {"optimizer": built, "lr_scheduler": {"scheduler": self.lr_schedule(built), "interval": "step"}}
 
-    def _draw(self, images: Tensor, labels: Tensor, k: int) -> tuple[Random, Tensor]:
-        """Levels, noise and the labels that the step may see."""
-        seeds = self.progress.seeds_of_images(len(images), self.global_rank)
-        hidden = self.denoiser.label_dropout
-        if seeds is None:
-            random = Random(self.levels(k, len(images), images.device), torch.randn_like(images))
-            return random, _hide(labels, hidden)
-        drawn = []
-        for image, label, seed in zip(images, labels, seeds, strict=True):
-            seed_everywhere(seed, images.device)
-            level, own = self.levels(k, 1, images.device), torch.randn_like(image)
-            drawn.append((level, own, _hide(label[None], hidden)))
-        each_level, each_noise, each_label = zip(*drawn, strict=True)
-        if isinstance(each_level[0], Tensor):
-            levels: Any = torch.cat(each_level)
-        else:
-            levels = tuple(torch.cat(parts) for parts in zip(*each_level, strict=True))
-        return Random(levels, torch.stack(each_noise)), torch.cat(each_label)
-
-
-class Random(NamedTuple):
-    """Random numbers of a micro-batch."""
-
-    levels: Any  # sigma [B], or the pair (sigma_lo, sigma_hi)
-    noise: Tensor  # [B, C, H, W]
-
-
-def _hide(labels: Tensor, probability: float) -> Tensor:
-    """Labels [B], each replaced by -1 with that probability; nothing is drawn where it is 0."""
-    if probability == 0:
-        return labels
-    return torch.where(send(torch.rand(len(labels)) < probability, labels.device), -1, labels)
+    def _random(self, count: int) -> Random:
+        """What the step of the next `count` images of this rank draws from."""
+        seeds = self.progress.seeds_of_images(count, self.global_rank)
+        if seeds is not None:
+            return RandomOfImages(seeds)
+        return Random(strata=(self.global_rank, self.trainer.world_size) if self.stratified else None)

@@ -49,7 +49,7 @@ class EDM(Method):
         self, images: Tensor, labels: Tensor, k: int, random: Random, augment_labels: Tensor | None = None
     ) -> Step:
         """The denoising loss; `augment_labels` [B, 9] say what was done to the images."""
-        sigma = random.levels
+        sigma = self.levels(k, random.uniform(images))
         extra = {} if augment_labels is None else {"augment_labels": augment_labels}
-        denoised = self.denoiser(add_noise(images, random.noise, sigma), sigma, labels, **extra)
+        denoised = self.denoiser(add_noise(images, random.normal(images), sigma), sigma, labels, **extra)
         return Step(self.weighting(sigma, sigma) * l2(denoised, images), sigma)

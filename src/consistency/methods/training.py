@@ -69,8 +69,8 @@ class ConsistencyTraining(Method):
         The online network sees the larger level, the target the smaller one: swapped, the model would never be trained
         at sigma_max, where it is sampled. Both passes use one dropout mask (iCT, Sec. 3.1).
         """
-        sigma_lo, sigma_hi = random.levels  # t_n, t_{n+1}; each [B]
-        z = random.noise
+        sigma_lo, sigma_hi = self.levels(k, random.uniform(images))  # t_n, t_{n+1}; each [B]
+        z = random.normal(images)
         with torch.no_grad():
             x_lo = self.neighbour(images, z, sigma_hi, sigma_lo, labels)
         with same_randomness(images.device) as rewind:

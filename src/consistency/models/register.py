@@ -69,7 +69,7 @@ def register_network(name: str) -> Callable[[Class], Class]:
                 named = list(bound.arguments.items())[1:]
                 further = [key for key, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD]
                 given = dict(named) | {k: v for key in further for k, v in bound.arguments[key].items()}
-                self.config = {key: _plain(value) for key, value in given.items() if key not in further}
+                self.config = {k: _plain(v) for k, v in given.items() if k not in further}  # type: ignore[attr-defined]
 
         cls.__init__ = noting_arguments  # type: ignore[misc]
         return _register("network", name, cls)

@@ -1,7 +1,8 @@
 """Where to train: which noise levels a batch sees.
 
-Levels are `(step, batch_size, device) -> sigma`, for pairs `-> (sigma_lo, sigma_hi)`; `gives` says which. float32 [B].
-Indices and lognormals are drawn on the CPU from the global random state, then moved.
+Levels are quantile functions: `(k, u) -> sigma`, for pairs `-> (sigma_lo, sigma_hi)`, and `gives` says which. k is the
+optimizer step, u [B] in [0, 1) is uniform (`methods.random`), the levels are float32 [B] on the device of u. So they
+can be stratified, and belong to an image whatever the batch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from consistency.noise.grids import RHO, SIGMA_MAX, SIGMA_MIN, check_range, iddpm_levels, karras_grid, vp_sigma
 from consistency.ops import send
+
+
+def _lognormal(u: Tensor, mean: float, std: float) -> Tensor:
+    """The quantile function of exp(N(mean, std^2)); u = 0 is taken for the smallest u above it."""
+    return torch.exp(mean + std * torch.special.ndtri(u.clamp(min=2.0**-54)))
 
 
 def check_gives(levels: Any, kind: str, method: str) -> None:
@@ -47,9 +53,9 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+    def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
-        return send(torch.exp(self.mean + self.std * torch.randn(batch_size)), device)
+        return _lognormal(u, self.mean, self.std).float()
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,11 @@ class UniformTime:
     sigma_min: float = SIGMA_MIN
     sigma_max: float = SIGMA_MAX
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+    def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
         first, last = 1 / (1 + self.sigma_max), 1 / (1 + self.sigma_min)
-        time = first + (last - first) * torch.rand(batch_size, dtype=torch.float64)
-        return send(((1 - time) / time).float(), device)
+        time = last + (first - last) * u
+        return ((1 - time) / time).float()
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,9 @@ class FixedLevel:
 
     sigma: float = 0.5
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+    def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
-        return torch.full((batch_size,), float(self.sigma), device=device)
+        return torch.full_like(u, self.sigma, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,9 @@ class UniformVPTime:
         """sigma(1 + u (eps_t - 1)) of u in [0, 1); float64 [B] -> [B]."""
         return vp_sigma(1 + u * (self.eps_t - 1), beta_d=self.beta_d, beta_min=self.beta_min)
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+    def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
-        return send(self.quantile(torch.rand(batch_size, dtype=torch.float64)).float(), device)
+        return self.quantile(u).float()
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,9 @@ class LogUniform:
         """sigma_min (sigma_max / sigma_min)^u of u in [0, 1); float64 [B] -> [B]."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+    def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
-        return send(self.quantile(torch.rand(batch_size, dtype=torch.float64)).float(), device)
+        return self.quantile(u).float()
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,9 @@ class UniformIDDPMIndex:
         """u_floor(M u) of u in [0, 1); float64 [B] -> [B]."""
         return iddpm_levels(self.M, c_1=self.C_1, c_2=self.C_2)[(u * self.M).long()]
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> Tensor:
+    def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
-        return send(self.quantile(torch.rand(batch_size, dtype=torch.float64)).float(), device)
+        return self.quantile(u).float()
 
 
 def uniform_index(sigmas: Tensor) -> Tensor:
@@ -194,12 +200,13 @@ class GridPairs:
     sigma_max: float = SIGMA_MAX
     rho: float = RHO
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def __call__(self, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma_lo, sigma_hi), each [B]."""
-        sigmas = karras_grid(self.num_levels(step), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-        n = torch.multinomial(self.index(sigmas), batch_size, replacement=True)
-        sigma_lo, sigma_hi = send(sigmas.float()[torch.stack([n, n + 1])], device)
-        return sigma_lo, sigma_hi
+        sigmas = karras_grid(self.num_levels(k), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        edges = self.index(sigmas).cumsum(0)[:-1]  # P(index <= n), without the last, which is 1
+        n = torch.searchsorted(send(edges.to(u.dtype), u.device), u, right=True)
+        on_device = send(sigmas.float(), u.device)
+        return on_device[n], on_device[n + 1]
 
     def describe(self, step: int) -> dict[str, float]:
         """{"num_levels": N(step)}."""
@@ -244,10 +251,10 @@ class RatioPairs:
         gap = self.q ** -(step // self.steps_per_stage + 1) * (1 + self.k * torch.sigmoid(-self.b * sigma))
         return torch.clamp(1 - gap, min=0)
 
-    def __call__(self, step: int, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def __call__(self, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma_lo, sigma_hi), each [B]; sigma_lo may be 0."""
-        sigma_hi = torch.exp(self.mean + self.std * torch.randn(batch_size))
-        return send(sigma_hi * self.ratio(sigma_hi, step), device), send(sigma_hi, device)
+        sigma_hi = _lognormal(u, self.mean, self.std).float()
+        return sigma_hi * self.ratio(sigma_hi, k), sigma_hi
 
     def describe(self, step: int) -> dict[str, float]:
         """{"stage": stage of this step}."""

@@ -34,7 +34,7 @@ def sample(cfg: DictConfig) -> Path:
     """Draw images from a trained model; returns what was written."""
     out, device = Path(cfg.out), find_device(cfg.device)
     denoiser, info = load_model(cfg.ckpt, cfg.weights)
-    cfg.sampler = sampler_of(cfg, denoiser.kind)
+    cfg = OmegaConf.create({**cfg, "sampler": sampler_of(cfg, denoiser.kind)})
     sampler = instantiate(cfg.sampler, _convert_="object")
     check_sampler(sampler, denoiser.kind, cfg.ckpt)
     if ending_of(cfg.out) in (".png", ".gif"):
@@ -154,7 +154,7 @@ DEFAULT_SAMPLERS = {"diffusion": "heun", "consistency": "onestep", "flow_map": "
 
 def sampler_of(cfg: DictConfig, kind: str) -> DictConfig:
     """The sampler of a command: the one that was asked for, or the default of this kind of model."""
-    if cfg.sampler is not None:
+    if cfg.get("sampler") is not None:
         return cfg.sampler
     return DictConfig(OmegaConf.load(CONF_DIR / "sampler" / f"{DEFAULT_SAMPLERS[kind]}.yaml"))
 

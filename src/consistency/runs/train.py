@@ -68,8 +68,12 @@ def train(cfg: DictConfig) -> float | None:
     data = build_data(cfg)
     check_same_data(before.get("data"), data, run_dir)
     prepare_method(method, cfg, data, is_new=checkpoint is None)
-    per_image = cfg.randomness == "per_image"
-    always = [StepSeeds(cfg.seed, per_image=per_image), EndOfRun(cfg.trainer.max_steps), RanksAgree()]
+    per_image, stratified = cfg.randomness == "per_image", cfg.randomness == "stratified"
+    always = [
+        StepSeeds(cfg.seed, per_image=per_image, stratified=stratified),
+        EndOfRun(cfg.trainer.max_steps),
+        RanksAgree(),
+    ]
     callbacks = [*always, *build_parts(cfg.callbacks)]
     for callback in callbacks:
         if isinstance(callback, QualityCallback):

@@ -71,7 +71,8 @@ def _validate_values(cfg: DictConfig) -> None:
     alarm = cfg.callbacks.get("nonfinite")
     if alarm is not None and alarm.get("wait") is False:  # rows of the log are where it looks
         require(cfg.callbacks.get("log") is not None, "callbacks.nonfinite.wait", False, "true without callbacks.log")
-    require(cfg.randomness in ("per_rank", "per_image"), "randomness", cfg.randomness, "per_rank or per_image")
+    is_known = cfg.randomness in ("per_rank", "per_image", "stratified")
+    require(is_known, "randomness", cfg.randomness, "per_rank, per_image or stratified")
     is_list = isinstance(cfg.allow_changes, ListConfig) and all(isinstance(key, str) for key in cfg.allow_changes)
     require(is_list, "allow_changes", cfg.allow_changes, "a list of options, as [optimizer.lr,trainer.devices]")
     require_integer(cfg, "seed", 0, 2**32 - 1)
