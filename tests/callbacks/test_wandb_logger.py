@@ -178,7 +178,7 @@ def test_points_pictures_and_description(job):
     (path,) = files(directory)
     assert path.parent.name.startswith("offline-run-")
     described = next(record.run for record in records(path) if record.HasField("run"))
-    assert (described.run_group, described.job_type, described.display_name) == ("study", "ConsistencyTraining", "run")
+    assert (described.run_group, described.job_type, described.display_name) == ("study", "train", "run")
     assert described.project == "consistency"
     assert described.run_id == (directory / "wandb_id.txt").read_text()
     (update,) = [record.config.update for record in records(path) if record.HasField("config")]  # once

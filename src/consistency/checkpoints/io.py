@@ -20,6 +20,7 @@ from consistency.checkpoints.tensors import check_before_loading, read_tensors, 
 from consistency.files import CHECKPOINT, MODEL_FOLDER
 from consistency.models.denoiser import Denoiser
 from consistency.models.legacy import upgrade_config
+from consistency.models.register import UnknownNameError
 from consistency.reading import first_line, read_json
 from consistency.whole import damage_of
 
@@ -139,6 +140,8 @@ def _described(source: str) -> Iterator[None]:
     """Settings or tensors that do not make a model end in one line."""
     try:
         yield
+    except UnknownNameError as error:
+        raise ValueError(f"{source} cannot be loaded: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
         what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's first line says nothing
         raise ValueError(

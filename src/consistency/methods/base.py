@@ -36,11 +36,11 @@ class Method(L.LightningModule):
 
     Args:
         denoiser: The online network with its preconditioning.
-        optimizer: Parameters -> optimizer.
+        optimizer: Parameters -> optimizer; needed to train by Lightning, not for a loop of one's own around `step`.
         lr_schedule: Optimizer -> schedule, stepped once per optimizer step; None for a constant rate.
 
     Raises:
-        ValueError: if the denoiser's boundary contradicts `kind`.
+        ValueError: if the subclass has no `step`, or the denoiser's boundary contradicts `kind`.
     """
 
     kind: ClassVar[str] = "consistency"
@@ -51,10 +51,12 @@ class Method(L.LightningModule):
         self,
         denoiser: Denoiser,
         *,
-        optimizer: Callable[..., torch.optim.Optimizer],
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         lr_schedule: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
+        if type(self).step is Method.step:
+            raise ValueError(f"{type(self).__name__} has no step(images, labels, k, random) -> Step; write one")
         if self.kind == "diffusion" and denoiser.boundary != 0:
             raise ValueError(
                 f"{type(self).__name__} trains a diffusion model, whose boundary is 0, got boundary "
@@ -77,7 +79,9 @@ class Method(L.LightningModule):
             k: Optimizer steps so far, which curricula follow.
             random: Source of noise levels and noise; nothing else should be drawn, but dropout masks.
         """
-        raise TypeError(f"{type(self).__name__} has no step(images, labels, k, random) -> Step")
+        raise TypeError(
+            f"{type(self).__name__} has no step(images, labels, k, random) -> Step"
+        )  # refused at its making
 
     @property
     def network_passes(self) -> int:
@@ -128,6 +132,8 @@ class Method(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the trained modules; `progress` advances with each of its steps that really happens."""
+        if self.optimizer is None:
+            raise ValueError(f"{type(self).__name__} was made without an optimizer; give optimizer=")
         built = self.optimizer(self.trained_parameters())
 
         def count(*_: Any) -> None:

@@ -133,16 +133,20 @@ def rebuilt(network: nn.Module, **arguments: Any) -> nn.Module:
     return other
 
 
+class UnknownNameError(ValueError):
+    """A file or an option names a network or parametrization that nobody registered here."""
+
+
 def find(kind: str, name: str) -> type:
     """The class that is registered by this name.
 
     Raises:
-        ValueError: with the names that there are.
+        UnknownNameError: with the names that there are.
     """
     for module in _BUILT_IN[kind]:
         import_module(module)
     if name not in _CLASSES[kind]:
-        raise ValueError(
+        raise UnknownNameError(
             f"{kind} {str(name)[:80]!r} is not registered here; known: {', '.join(sorted(_CLASSES[kind]))}. If it is "
             "of your own code, bring that with imports=[MODULE]"
         )

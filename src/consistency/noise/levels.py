@@ -38,7 +38,7 @@ def check_gives(levels: Any, kind: str, method: str) -> None:
     gives = getattr(levels, "gives", kind)
     if gives != kind:
         fitting = {
-            "level": "lognormal, uniform_time or fixed (one level an image)",
+            "level": "lognormal, uniform_time, vp, ve, iddpm or fixed (one level an image)",
             "pair": "uniform_index, lognormal_index or ratio (pairs)",
         }
         raise ValueError(f"levels is {type(levels).__name__}; allowed with {method}: {fitting[kind]}")

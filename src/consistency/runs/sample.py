@@ -170,6 +170,7 @@ def check_sampler(sampler: Any, kind: str, ckpt: str) -> None:
     Raises:
         ValueError: with samplers that fit.
     """
+    sampler = getattr(sampler, "func", sampler)  # of a partial, what it is one of
     if kind not in getattr(sampler, "kinds", (kind,)):
         allowed = {"diffusion": "heun, euler, dpm2 or ancestral"}.get(kind, "onestep or multistep")
         raise ValueError(
