@@ -181,9 +181,13 @@ def test_published_numbers(recipe, monkeypatch):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_network_trains_at_reduced_width(network, fit):
     cfg = composed("method=edm", f"network={network}", "optimizer=adam")
-    small = {"channels": 32, "num_blocks": 1, "image_size": 32, "in_channels": 3, "num_classes": 4}
-    heads = {"head_channels": 16} if cfg.network.head_channels else {}
-    cfg.method.denoiser.network = {**cfg.network, **small, **heads, "attention_resolutions": [8]}
+    small = {"image_size": 32, "in_channels": 3, "num_classes": 4}
+    if "hidden_size" in cfg.network:  # DiT
+        small |= {"hidden_size": 24, "depth": 2, "num_heads": 2}
+    else:
+        small |= {"channels": 32, "num_blocks": 1, "attention_resolutions": [8]}
+        small |= {"head_channels": 16} if cfg.network.head_channels else {}
+    cfg.method.denoiser.network = {**cfg.network, **small}
     method = instantiate(cfg.method, _convert_="object")
     with torch.no_grad():  # fresh last layers are zero, and hide what lies before them from the gradient
         for parameter in method.denoiser.parameters():

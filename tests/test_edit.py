@@ -142,7 +142,7 @@ WRONG = {
     "no data": (["task=stroke"], "does not say what it was trained on"),
     "ending": (["images={}/model/config.json"], "no image by its ending"),
     "missing": (["task=anagram", "task.up=1"], "task.down"),
-    "levels": (["images={}/images", "levels=[1,2]"], "decrease"),
+    "levels": (["images={}/images", "sigmas=[1,2]"], "decrease"),
     "steps": (["images={}/images", "steps=0"], "steps is 0"),
     "guidance": (["images={}/images", "guidance=much"], "guidance is much"),
     "absent": (["images={}/nothing"], "images is"),
@@ -153,7 +153,7 @@ WRONG = {
     "half": (["images={}/images", "task=superresolve", "task.factor=2.5"], "factor is 2.5"),
     "two sources": (["images={}/images", "data=digits"], "leave one"),
     "twice": (["images={}/images", "task=stroke", "task.sigma=[1,1]"], "different"),
-    "levels of denoise": (["images={}/images", "task=denoise", "levels=[2,1]"], "task.sigma"),
+    "levels of denoise": (["images={}/images", "task=denoise", "sigmas=[2,1]"], "task.sigma"),
     "labels of anagram": (["task=anagram", "task.up=0", "task.down=1", "labels=1"], "leave labels out"),
     "one image": (["images={}/images", "task=interpolate", "num_images=1"], "two images"),
 }

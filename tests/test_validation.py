@@ -11,7 +11,6 @@ from consistency.validation.ranges import check_ranges
         ("callbacks.sample_grid.num_samples", 0),
         ("callbacks.sample_grid.every_n_images", -1),
         ("callbacks.quality.every_n_images", -1),
-        ("network.channels", 10**12),
         ("optimizer.betas", [2, 3]),
         ("optimizer.weight_decay", float("nan")),
         ("trainer.devices", -3),

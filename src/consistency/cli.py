@@ -48,7 +48,7 @@ def _exit_codes(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapped(*args: Any) -> Any:
-        sys.argv[1:] = [_renamed(argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [_renamed(argument, command.__name__) for argument in sys.argv[1:]]
         _refuse_null_groups(sys.argv[1:])
         if os.getcwd() not in sys.path:  # last: a file of the user's must not take the place of a library
             sys.path.append(os.getcwd())
@@ -87,16 +87,17 @@ _RENAMED = {
     "method.denoiser": "parametrization",
     "method.draw": "method.levels",
 }
+_RENAMED_IN_EDIT = {"levels": "sigmas"}  # `levels` is a group now
 
 
-def _renamed(argument: str) -> str:
+def _renamed(argument: str, command: str = "train") -> str:
     """An override in today's words, with a line about it where it was in yesterday's."""
     option, equals, value = argument.partition("=")
     if argument == "experiment=null":
         return "~experiment"  # which Hydra takes for it
     prefix = option[: len(option) - len(option.lstrip("+~"))]
     bare = option[len(prefix) :]
-    for old, new in _RENAMED.items():
+    for old, new in (_RENAMED_IN_EDIT if command == "edit" else _RENAMED).items():
         if bare == old or bare.startswith(f"{old}."):
             now = f"{new}{bare[len(old) :]}"
             print(f"consistency: {bare} is called {now} now; the old name goes with the next version", file=sys.stderr)

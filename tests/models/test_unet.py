@@ -228,6 +228,7 @@ def test_config_rebuilds_the_network(make_unet):
         ({"channels": 8, "head_channels": 16}, "heads of 16"),
         ({"channels": 8, "num_heads": 3}, "3 heads"),
         ({"channels": 2}, "noise embedding"),
+        ({"channels": 10**12}, r"network\.channels is 1000000000000; allowed: an integer, at least 1"),
         ({"channels": True}, r"network\.channels is True; allowed: an integer, at least 1"),
         ({"num_blocks": 0}, r"network\.num_blocks is 0; allowed: an integer, at least 1"),
         ({"head_channels": 0}, r"network\.head_channels is 0; allowed: an integer, at least 1 or null"),

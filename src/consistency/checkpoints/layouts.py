@@ -5,6 +5,7 @@ One table a project; importers and the exporter read the same one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,6 +217,10 @@ def described(source: str | Path, layout: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        of_training = re.sub(r"^network\.", "", str(error)) if str(error).startswith("network.") else None
+        if of_training is not None:  # an option of training, which a converter does not have
+            what = of_training.replace("data.", "")
+            raise ValueError(f"{source}: {what}; check image_size, head_channels, num_heads") from error
         if "; change " not in str(error):
             if str(source) in str(error):
                 raise

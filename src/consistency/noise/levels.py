@@ -85,6 +85,10 @@ class FixedLevel:
 
     sigma: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, got {self.sigma}; change levels.sigma")
+
     def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
         return torch.full_like(u, self.sigma, dtype=torch.float32)
@@ -199,6 +203,10 @@ class GridPairs:
     sigma_min: float = SIGMA_MIN
     sigma_max: float = SIGMA_MAX
     rho: float = RHO
+
+    def __post_init__(self) -> None:
+        if not self.rho > 0:
+            raise ValueError(f"rho must be positive, got {self.rho}; change levels.rho")
 
     def __call__(self, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma_lo, sigma_hi), each [B]."""

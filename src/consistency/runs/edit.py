@@ -42,7 +42,7 @@ def edit(cfg: DictConfig) -> Path:
         model,
         images,
         steps=cfg.steps,
-        levels=None if cfg.levels is None else list(cfg.levels),
+        levels=None if cfg.sigmas is None else list(cfg.sigmas),
         seed=cfg.seed,
         labels=labels if given is None else given,
         guidance=float(cfg.guidance),

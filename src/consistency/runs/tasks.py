@@ -99,7 +99,7 @@ def denoise(
 ) -> Columns:
     """For each level: the noisy images, their estimate in one evaluation, and with `iterate` step by step."""
     if levels is not None:
-        raise ValueError(f"levels is {list(levels)}, but task=denoise begins at task.sigma; use steps, or levels=null")
+        raise ValueError(f"sigmas is {list(levels)}, but task=denoise begins at task.sigma; use steps, or sigmas=null")
     columns: Columns = {}
     for level in _each(sigma):
         name = f"sigma {level:g}"

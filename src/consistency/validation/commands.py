@@ -82,9 +82,9 @@ def validate_edit(cfg: DictConfig) -> None:
     require(isinstance(cfg.gif, bool), "gif", cfg.gif, "true or false")
     if cfg.steps is not None:
         require_integer(cfg, "steps", 1)
-    levels = cfg.levels
+    levels = cfg.sigmas
     is_list = isinstance(levels, ListConfig) and len(levels) > 0 and all(is_number(level) for level in levels)
-    require(levels is None or is_list, "levels", levels, "a list of decreasing noise levels, as [80,0.821], or null")
+    require(levels is None or is_list, "sigmas", levels, "a list of decreasing noise levels, as [80,0.821], or null")
     if missing := OmegaConf.missing_keys(cfg.task):
         require(False, f"task.{min(missing)}", "not given", "see consistency-edit task=... --cfg job -p task")
 

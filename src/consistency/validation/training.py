@@ -134,12 +134,20 @@ def _validate_network(cfg: DictConfig) -> None:
     try:
         get_object(cfg.network._target_)  # imported outside, or the module's own tensors would be without memory too
         with torch.device("meta"):
-            instantiate(cfg.network, _convert_="object")
+            network = instantiate(cfg.network, _convert_="object")
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         if not isinstance(error.__cause__, NotImplementedError | RuntimeError):
-            raise  # other networks cannot be made without memory; the run will tell
+            raise
+        return  # some networks cannot be made without memory; the run will tell
+    given: dict[str, Any] = getattr(network, "config", {})
+    if {"image_size", "channel_mult", "attention_resolutions"} <= given.keys():
+        sizes = [given["image_size"] >> level for level in range(len(given["channel_mult"]))]
+        if absent := [size for size in given["attention_resolutions"] if size not in sizes]:
+            # No error: a recipe's list goes with its image size, and the network is as good a one at another.
+            what = "network.attention_resolutions lists %s, but the network has feature maps of %s pixels; no attention"
+            log.warning(f"{what} there", absent, sizes)
 
 
 def _validate_parts(cfg: DictConfig) -> None:
