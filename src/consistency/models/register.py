@@ -13,17 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 Class = TypeVar("Class", bound=type)
 
-# Modules of this package that register a name when they are imported.
-_BUILT_IN = {
-    "network": ("consistency.models.unet", "consistency.models.dit"),
-    "parametrization": ("consistency.models.parametrization", "consistency.models.table1"),
-}
 _CLASSES: dict[str, dict[str, type]] = {"network": {}, "parametrization": {}}
 
 
@@ -143,8 +140,9 @@ def find(kind: str, name: str) -> type:
     Raises:
         UnknownNameError: with the names that there are.
     """
-    for module in _BUILT_IN[kind]:
-        import_module(module)
+    if name not in _CLASSES[kind]:
+        for module in iter_modules([str(Path(__file__).parent)]):  # those of this package register when imported
+            import_module(f"consistency.models.{module.name}")
     if name not in _CLASSES[kind]:
         raise UnknownNameError(
             f"{kind} {str(name)[:80]!r} is not registered here; known: {', '.join(sorted(_CLASSES[kind]))}. If it is "
