@@ -26,6 +26,7 @@ _LAZY = {
     "OdeSampler": "consistency.sampling.samplers",
     "Method": "consistency.methods.base",
     "Step": "consistency.methods.base",
+    "Random": "consistency.methods.random",
     "register_network": "consistency.models.register",
     "register_parametrization": "consistency.models.register",
     "add_noise": "consistency.ops",
@@ -42,6 +43,7 @@ __all__ = [
     "Method",
     "Model",
     "OdeSampler",
+    "Random",
     "Step",
     "UNet",
     "__version__",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from consistency.methods.base import Method, Step
     from consistency.methods.distillation import ConsistencyDistillation
     from consistency.methods.edm import EDM
+    from consistency.methods.random import Random
     from consistency.methods.training import ConsistencyTraining
     from consistency.models.denoiser import Denoiser
     from consistency.models.register import register_network, register_parametrization

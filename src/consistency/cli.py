@@ -50,8 +50,9 @@ def _exit_codes(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any) -> Any:
         sys.argv[1:] = [_renamed(argument, command.__name__) for argument in sys.argv[1:]]
         _refuse_null_groups(sys.argv[1:])
-        if os.getcwd() not in sys.path:  # last: a file of the user's must not take the place of a library
-            sys.path.append(os.getcwd())
+        own = re.compile(r"\+*imports=|--config-dir|-cd\b|.*_target_=")
+        if any(own.match(argument) for argument in sys.argv[1:]) and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # last: a file of the user's must not take the place of a library
         try:
             return command(*args)
         except SystemExit as end:
@@ -84,6 +85,8 @@ _RENAMED = {
     "noise": "model",
     "network.label_dropout": "model.label_dropout",
     "denoiser@method.denoiser": "parametrization",
+    "method.denoiser.sigma_min": "model.sigma_min",
+    "method.denoiser.sigma_max": "model.sigma_max",
     "method.denoiser": "parametrization",
     "method.draw": "method.levels",
 }

@@ -62,7 +62,7 @@ def write_ckpt(denoiser, average):
     def write(path, averages=True):
         method = ConsistencyTraining(
             denoiser,
-            levels=GridPairs(FixedLevels(4), uniform_index),
+            levels=GridPairs(FixedLevels(4), uniform_index, sigma_min=0.01),
             metric=l2,
             weighting=uniform,
             optimizer=partial(torch.optim.SGD, lr=0.1),

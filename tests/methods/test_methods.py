@@ -211,7 +211,10 @@ def test_levels_of_ones_own_are_welcome(make_denoiser, fit):
 
 def test_each_method_says_what_its_denoiser_is(make_denoiser, teacher):
     # ECT's boundary is 0 as well: only the method tells it from EDM.
-    assert training(make_denoiser(boundary=0.0)).denoiser.kind == "consistency"
+    pairs = RatioPairs(steps_per_stage=2)
+    assert training(make_denoiser(boundary=0.0), levels=pairs).denoiser.kind == "consistency"
+    with pytest.raises(ValueError, match=r"begin at 0\.002, .* so at 0\.0; set parametrization\.boundary"):
+        training(make_denoiser(boundary=0.0))
     assert distillation(teacher).denoiser.kind == "consistency"
     assert teacher.kind == "diffusion"
     edm = EDM(make_denoiser(boundary=0.0), levels=LogNormal(), weighting=weightings.edm, optimizer=sgd)

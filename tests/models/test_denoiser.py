@@ -259,7 +259,8 @@ def test_network_without_a_name_has_no_config():
 def test_state_of_another_model_is_refused(make_denoiser):
     # The weights would fit: only the stated configuration tells f from D.
     with pytest.raises(
-        ValueError, match=r"boundary is 0\.002 here, 0\.0 there.*kind is consistency here, diffusion there"
+        ValueError,
+        match=r"kind is consistency here, diffusion there.*parametrization\.boundary is 0\.002 here, 0\.0 there",
     ):
         make_denoiser(boundary=0.002).load_state_dict(make_denoiser(boundary=0.0).state_dict())
 

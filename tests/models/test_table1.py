@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -349,7 +349,10 @@ def test_trains_exports_samples_and_teaches(tmp_path, monkeypatch, name):
     draw(denoiser, "model")
 
     student = load_denoiser(run("student", "experiment=smoke_cd", f"teacher={folder}"))
-    assert (student.kind, student.parametrization) == ("consistency", OWN[name])
+    assert (student.kind, student.boundary) == ("consistency", student.sigma_min)
+    assert replace(student.parametrization, boundary=0.0) == OWN[name]
+    x, at_boundary = torch.randn(2, *student.image_shape), torch.full((2,), student.sigma_min)
+    assert torch.equal(student(x, at_boundary, torch.tensor([0, 1])), x)
     x = torch.randn(2, *student.image_shape)
     assert torch.equal(student(x, torch.zeros(2), torch.zeros(2, dtype=torch.int64)), x)
     draw(student, tmp_path / "outputs" / "student")

@@ -69,6 +69,9 @@ class RanksAgree(Callback):
 
 def _digests(trainer: Any, pl_module: Any) -> dict[str, float]:
     digests = {"online network": _digest(pl_module.denoiser.parameters())}
+    for module in pl_module.trained_modules():
+        if module is not pl_module.denoiser:
+            digests[f"trained {type(module).__name__}"] = _digest(module.parameters())
     if pl_module.target is not None:
         digests["target network"] = _digest(pl_module.target.parameters())
     for callback in trainer.callbacks:

@@ -96,7 +96,7 @@ class TrainingLog(Callback):
         sums, counts = (reduce(part, reduce_op="sum").tolist() for part in (self._sums, self._counts))
         row = {"loss": sum(sums) / sum(counts)}
         row |= {f"loss_level_{i}": s / c for i, (s, c) in enumerate(zip(sums, counts, strict=True)) if c}
-        row |= outputs["schedule"]
+        row |= {name: float(value) for name, value in outputs["schedule"].items()}
         if self._grad_norm is not None:
             row["grad_norm"] = self._grad_norm.item()
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]

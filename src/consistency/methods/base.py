@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from consistency.methods.progress import Progress
 from consistency.methods.random import Random, RandomOfImages
-from consistency.models.denoiser import Denoiser
+from consistency.models.denoiser import KINDS, Denoiser
 from consistency.models.execution import begin_step
 
 
@@ -20,7 +20,7 @@ class Step(NamedTuple):
 
     loss: Tensor  # [B], per image, never reduced over the batch
     sigma: Tensor  # [B], the level that an image's loss belongs to, for logs
-    log: dict[str, float] = {}  # further columns of the log, e.g. N(k)
+    log: dict[str, float | Tensor] = {}  # further columns of the log, e.g. N(k); tensors are read when a row is due
 
 
 class Method(L.LightningModule):
@@ -57,6 +57,8 @@ class Method(L.LightningModule):
         super().__init__()
         if type(self).step is Method.step:
             raise ValueError(f"{type(self).__name__} has no step(images, labels, k, random) -> Step; write one")
+        if self.kind not in KINDS:
+            raise ValueError(f"{type(self).__name__}.kind is {self.kind}; allowed: {', '.join(KINDS)}")
         if self.kind == "diffusion" and denoiser.boundary != 0:
             raise ValueError(
                 f"{type(self).__name__} trains a diffusion model, whose boundary is 0, got boundary "
@@ -125,6 +127,16 @@ class Method(L.LightningModule):
         self.progress.count(len(images) * self.trainer.world_size)
         extra: dict[str, Any] = {"augment_labels": augment[0]} if augment else {}
         step = self.step(images, labels, k, random, **extra)
+        if not isinstance(step, Step) or not step.loss.shape == step.sigma.shape == (len(images),):
+            got = (
+                f"loss {list(step.loss.shape)}, sigma {list(step.sigma.shape)}"
+                if isinstance(step, Step)
+                else type(step)
+            )
+            raise ValueError(
+                f"{type(self).__name__}.step gave {got}; allowed: Step(loss, sigma), each one number an image "
+                f"[{len(images)}]"
+            )
         schedule = dict(step.log)
         if self.target_decay is not None:
             schedule["target_decay"] = self.target_decay(k)
@@ -134,7 +146,14 @@ class Method(L.LightningModule):
         """The optimizer of the trained modules; `progress` advances with each of its steps that really happens."""
         if self.optimizer is None:
             raise ValueError(f"{type(self).__name__} was made without an optimizer; give optimizer=")
-        built = self.optimizer(self.trained_parameters())
+        trained = self.trained_parameters()
+        known = set(map(id, trained))
+        if left := [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in known]:
+            raise ValueError(
+                f"{type(self).__name__} has the parameter {left[0]}, which nothing trains; name its module in "
+                "trained_modules(), or give it requires_grad_(False)"
+            )
+        built = self.optimizer(trained)
 
         def count(*_: Any) -> None:
             # Without gradients nothing was changed: the step was skipped (callbacks.alarms).

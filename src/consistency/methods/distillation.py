@@ -49,7 +49,7 @@ class ConsistencyDistillation(ConsistencyTraining):
             raise ValueError(
                 f"the teacher must be a diffusion model (method=edm), got a {teacher.kind} model; change teacher"
             )
-        levels = options["levels"]
+        levels = options.get("levels")
         drawn = (getattr(levels, "sigma_min", teacher.sigma_min), getattr(levels, "sigma_max", teacher.sigma_max))
         if drawn != (teacher.sigma_min, teacher.sigma_max):
             raise ValueError(
@@ -80,17 +80,19 @@ class ConsistencyDistillation(ConsistencyTraining):
 
 
 def _student(teacher: Denoiser, dropout: float) -> Denoiser:
-    """A denoiser with the teacher's weights whose boundary is sigma_min, where the parametrization can shift it."""
+    """A denoiser with the teacher's weights whose boundary is sigma_min."""
     arguments = {"dropout": dropout} if "dropout" in teacher.network.config else {}  # type: ignore[operator]
     if dropout and not arguments:
         raise ValueError(f"the teacher's network has no dropout, got dropout={dropout}; set method.dropout=0")
     own: Any = teacher.parametrization
-    if "boundary" in {field.name for field in fields(own)}:
-        own = replace(own, boundary=teacher.sigma_min)
-    # Any other keeps the one it has: VP's, say, is the identity at 0, and at sigma_min but for sigma_min F.
+    if "boundary" not in {field.name for field in fields(own)}:
+        raise ValueError(
+            f"the teacher's parametrization {type(own).__name__} has no field boundary, which a consistency model "
+            "needs at sigma_min; give it one"
+        )
     return Denoiser(
         rebuilt(teacher.network, **arguments),
-        own,
+        replace(own, boundary=teacher.sigma_min),
         kind="consistency",
         sigma_min=teacher.sigma_min,
         sigma_max=teacher.sigma_max,

@@ -27,8 +27,9 @@ class Random:
         u = self._rand(len(x))
         if self.strata is not None:
             rank, ranks = self.strata
-            u = (rank * len(x) + torch.arange(len(x)) + u) / (ranks * len(x))
-        return send(u.float() if x.device.type == "mps" else u, x.device)
+            u = (torch.arange(len(x)) * ranks + rank + u) / (ranks * len(x))  # interleaved: no rank has low levels only
+        u = u.float() if x.device.type == "mps" else u
+        return send(u.clamp(max=1 - torch.finfo(u.dtype).eps / 2), x.device)  # rounding must not make it 1
 
     def normal(self, x: Tensor) -> Tensor:
         """z ~ N(0, I), like x."""
@@ -51,7 +52,6 @@ class RandomOfImages(Random):
 
     def __init__(self, seeds: Sequence[int]) -> None:
         super().__init__()
-        self._seeds = list(seeds)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def normal(self, x: Tensor) -> Tensor:

@@ -50,6 +50,12 @@ class ConsistencyTraining(Method):
     ) -> None:
         super().__init__(denoiser, **options)
         check_gives(levels, "pair", type(self).__name__)
+        lowest = getattr(levels, "sigma_min", None)  # of a grid, which never reaches 0 as ECT's pairs do
+        if lowest is not None and lowest != denoiser.boundary:
+            raise ValueError(
+                f"the levels begin at {lowest}, where the model must be the identity; it is so at {denoiser.boundary}; "
+                "set parametrization.boundary=${model.sigma_min}"
+            )
         self.target = frozen_copy(denoiser) if target_decay is not None else None
         self.target_decay = target_decay
         self.levels, self.metric, self.weighting = levels, metric, weighting

@@ -171,8 +171,12 @@ class Denoiser(nn.Module):
             extra = {**extra, "c_noise_end": self.parametrization(sigma_end.float().clamp(min=self.sigma_min)).noise}
         inputs = (append_dims(c.input, x.ndim) * x, c.noise, labels if self.num_classes else None)
         with nullcontext() if self.autocast_dtype is None else torch.autocast(x.device.type, self.autocast_dtype):
-            raw = self.network(*inputs, **extra)
-        return c, raw[:, : x.shape[1]].float()  # a network that predicts variances too has more channels (iDDPM)
+            raw = self.network(*inputs, **extra)[
+                :, : x.shape[1]
+            ]  # some predict variances too, in more channels (iDDPM)
+        if raw.shape != x.shape:
+            raise ValueError(f"the network gave {list(raw.shape)} for images {list(x.shape)}; F has the shape of x")
+        return c, raw.float()
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +184,8 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     flat = {"label_dropout": 0.0, **{key: value for key, value in config.items() if key not in _PARTS}}
     for part in _PARTS:
         flat[part] = config[part]["name"]
-        flat |= {**_defaults(find(part, config[part]["name"])), **config[part]["arguments"]}
+        arguments = {**_defaults(find(part, config[part]["name"])), **config[part]["arguments"]}
+        flat |= {f"{part}.{name}": value for name, value in arguments.items()}
     return flat
 
 

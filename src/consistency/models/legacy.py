@@ -58,7 +58,7 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "_target_": f"consistency.models.parametrization.{'Flow' if is_flow else 'EDM'}",
         **({} if is_flow else {"sigma_data": noise["sigma_data"]}),
         "boundary": old.get("boundary", consistency_boundary),
-        "noise_scale": noise["noise_scale"],
+        "noise_scale": noise["noise_scale"] if "denoiser" in method else 0.25,  # CD takes its teacher's
     }
     model = {
         "_target_": "consistency.models.denoiser.Denoiser",

@@ -7,7 +7,7 @@ the model is the identity. More of them: `@register_parametrization` on a class 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -122,13 +122,14 @@ class TrigFlow:
 
     Args:
         sigma_data: Standard deviation of the data, in units of [-1, 1].
+        boundary: As of `EDM`.
 
     Raises:
         ValueError: if `sigma_data` is not positive.
     """
 
     sigma_data: float = 0.5
-    boundary: ClassVar[float] = 0.0
+    boundary: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.sigma_data > 0:
@@ -137,8 +138,9 @@ class TrigFlow:
     def __call__(self, sigma: Tensor) -> Coefficients:
         """Coefficients at sigma [B]."""
         total = torch.sqrt(sigma**2 + self.sigma_data**2)
-        skip = 1 / ((sigma / self.sigma_data) ** 2 + 1)
-        return Coefficients(skip, -sigma * self.sigma_data / total, 1 / total, torch.atan(sigma / self.sigma_data))
+        shifted = sigma - self.boundary
+        skip = 1 / ((shifted / self.sigma_data) ** 2 + 1)
+        return Coefficients(skip, -shifted * self.sigma_data / total, 1 / total, torch.atan(sigma / self.sigma_data))
 
 
 def _check_common(boundary: float, noise_scale: float) -> None:

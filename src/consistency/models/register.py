@@ -8,9 +8,10 @@ A class of one's own joins by a decorator, and is brought to a command with `imp
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -56,17 +57,23 @@ def register_network(name: str) -> Callable[[Class], Class]:
     def register(cls: Class) -> Class:
         construct: Any = cls.__init__  # type: ignore[misc]
         signature = inspect.signature(construct)
+        parameters = list(signature.parameters.values())[1:]
+        if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) for parameter in parameters):
+            raise ValueError(f"network {name!r}: its constructor takes arguments without names; files hold names")
+        if isinstance(getattr(cls, "config", None), property):
+            raise ValueError(f"network {name!r} has a property config, which register_network sets; rename it")
 
         @wraps(construct)
         def noting_arguments(self: Any, *args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            named = dict(list(bound.arguments.items())[1:])
+            further = [key for key, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD]
+            named |= {k: v for key in further for k, v in named[key].items()}
+            given = copy.deepcopy({k: _plain(v) for k, v in named.items() if k not in further})
             construct(self, *args, **kwargs)
             if type(self) is cls:  # of a subclass its own constructor's arguments count
-                bound = signature.bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                named = list(bound.arguments.items())[1:]
-                further = [key for key, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD]
-                given = dict(named) | {k: v for key in further for k, v in bound.arguments[key].items()}
-                self.config = {k: _plain(v) for k, v in given.items() if k not in further}  # type: ignore[attr-defined]
+                self.config = given  # type: ignore[attr-defined]
 
         cls.__init__ = noting_arguments  # type: ignore[misc]
         return _register("network", name, cls)
@@ -78,9 +85,15 @@ def register_parametrization(name: str) -> Callable[[Class], Class]:
     """Class decorator: a frozen dataclass, `(sigma) -> Coefficients`, by this name in model files and checkpoints.
 
     Raises:
-        ValueError: if another class has the name.
+        ValueError: if another class has the name, or it is no dataclass.
     """
-    return lambda cls: _register("parametrization", name, cls)
+
+    def register(cls: Class) -> Class:
+        if not is_dataclass(cls):
+            raise ValueError(f"parametrization {name!r} is no dataclass; write @dataclass(frozen=True) below its name")
+        return _register("parametrization", name, cls)
+
+    return register
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
@@ -90,18 +103,23 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
         ValueError: if its class has no registered name, or was given what no file can hold.
     """
     name, arguments = _name_of("network", network), dict(network.config)  # type: ignore[arg-type]
-    for key, value in arguments.items():
-        if not _is_plain(value):
-            raise ValueError(
-                f"network {name!r} cannot be saved: its argument {key} is a {type(value).__name__}; allowed: numbers, "
-                "strings, true, false, None, and lists and dictionaries of them"
-            )
-    return {"name": name, "arguments": arguments}
+    return _described("network", name, arguments)
 
 
 def describe_parametrization(parametrization: Any) -> dict[str, Any]:
     """`{"name": ..., "arguments": {...}}` of a parametrization, as `describe_network`."""
-    return {"name": _name_of("parametrization", parametrization), "arguments": asdict(parametrization)}
+    arguments = {key: _plain(value) for key, value in asdict(parametrization).items()}
+    return _described("parametrization", _name_of("parametrization", parametrization), arguments)
+
+
+def _described(kind: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    for key, value in arguments.items():
+        if not _is_plain(value):
+            raise ValueError(
+                f"{kind} {name!r} cannot be saved: its argument {key} is a {type(value).__name__}; allowed: numbers, "
+                "strings, true, false, None, and lists and dictionaries of them"
+            )
+    return {"name": name, "arguments": arguments}
 
 
 def build(kind: str, description: Mapping[str, Any]) -> Any:
@@ -141,8 +159,7 @@ def find(kind: str, name: str) -> type:
         UnknownNameError: with the names that there are.
     """
     if name not in _CLASSES[kind]:
-        for module in iter_modules([str(Path(__file__).parent)]):  # those of this package register when imported
-            import_module(f"consistency.models.{module.name}")
+        _import_own()
     if name not in _CLASSES[kind]:
         raise UnknownNameError(
             f"{kind} {str(name)[:80]!r} is not registered here; known: {', '.join(sorted(_CLASSES[kind]))}. If it is "
@@ -157,7 +174,7 @@ def import_modules(modules: Any) -> None:
     Raises:
         ValueError: if `modules` is not a list of names, or there is no such module.
     """
-    if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
+    if not isinstance(modules, list | tuple) or not all(isinstance(name, str) and name for name in modules):
         raise ValueError(f"imports is {modules!r}; allowed: a list of modules, as imports=[my_package.my_module]")
     for name in modules:
         try:
@@ -169,10 +186,20 @@ def import_modules(modules: Any) -> None:
                 f"imports has {name!r}, and there is no such module; it is looked for in the current folder and where "
                 "Python looks (PYTHONPATH, installed packages)"
             ) from error
+        except (ValueError, OSError) as error:  # which commands cut to one line: here the place matters
+            raise RuntimeError(f"imports: {name} failed") from error
+
+
+def _import_own() -> None:
+    """The modules of this package, which register what they define."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"consistency.models.{module.name}")
 
 
 def _register(kind: str, name: str, cls: Any) -> Any:
     """Of one name the newest definition counts, so that a cell of a notebook can be run again."""
+    if not cls.__module__.startswith("consistency."):
+        _import_own()  # their names are taken
     before = _CLASSES[kind].get(name)
     if before is not None and (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{kind} {name!r} is registered already, by {before.__module__}.{before.__qualname__}")
@@ -191,6 +218,8 @@ def _name_of(kind: str, thing: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Tuples as lists, which is what comes back from a file."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 

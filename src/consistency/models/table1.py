@@ -1,7 +1,7 @@
 """The other rows of EDM's Table 1: VP and VE (Song et al. 2021), and iDDPM with DDIM (Nichol & Dhariwal 2021).
 
-All are D = x + c_out F(c_in x, c_noise): F is the noise, up to its sign, and c_out(0) = 0, so the model is the identity
-at level 0 by itself. They have no other boundary. Each has its own sampling levels; solvers are the same for all.
+All are D = x + c_out F(c_in x, c_noise): F is the noise, up to its sign. A boundary above 0, of consistency models,
+shifts c_out as in `parametrization.EDM`. Each has its own sampling levels; solvers are the same for all.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class VP:
         beta_d: Growth of the noise rate over time.
         beta_min: Noise rate at t = 0.
         M: Steps that the network counts its time in.
+        boundary: 0, or `sigma_min` of a consistency model.
 
     Raises:
         ValueError: if an argument is not positive.
@@ -42,14 +43,16 @@ class VP:
     beta_d: float = 19.9
     beta_min: float = 0.1
     M: int = 1000
-    boundary = 0.0
+    boundary: float = 0.0
 
     def __post_init__(self) -> None:
         _check_positive(beta_d=self.beta_d, beta_min=self.beta_min, M=self.M)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """Coefficients at sigma [B]."""
-        return Coefficients(torch.ones_like(sigma), -sigma, _unit_input(sigma), (self.M - 1) * self._time(sigma))
+        return Coefficients(
+            torch.ones_like(sigma), self.boundary - sigma, _unit_input(sigma), (self.M - 1) * self._time(sigma)
+        )
 
     def own_range(self) -> tuple[float, float]:
         """(sigma_min, sigma_max) of EDM's code: sigma(1e-5), sigma(1)."""
@@ -79,12 +82,12 @@ class VP:
 class VE:
     """The variance-exploding SDE: c_skip = 1, c_out = sigma, c_in = 1, c_noise = ln(sigma / 2)."""
 
-    boundary = 0.0
+    boundary: float = 0.0
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """Coefficients at sigma [B]."""
         one = torch.ones_like(sigma)
-        return Coefficients(one, sigma, one, torch.log(0.5 * sigma))
+        return Coefficients(one, sigma - self.boundary, one, torch.log(0.5 * sigma))
 
     def own_range(self) -> tuple[float, float]:
         """(sigma_min, sigma_max) of EDM's code."""
@@ -120,7 +123,7 @@ class IDDPM:
     C_1: float = 0.001
     C_2: float = 0.008
     M: int = 1000
-    boundary = 0.0
+    boundary: float = 0.0
 
     def __post_init__(self) -> None:
         _check_positive(C_1=self.C_1, C_2=self.C_2)
@@ -134,7 +137,7 @@ class IDDPM:
         # M - j is the number of midpoints at or below sigma: one that lies on a midpoint belongs to the higher level.
         middles = _middles(self.C_1, self.C_2, self.M, sigma.dtype, sigma.device)
         noise = torch.bucketize(sigma, middles, right=True).to(sigma.dtype) - 1
-        return Coefficients(torch.ones_like(sigma), -sigma, _unit_input(sigma), noise)
+        return Coefficients(torch.ones_like(sigma), self.boundary - sigma, _unit_input(sigma), noise)
 
     def levels(self) -> Tensor:
         """u_0 ... u_M; decreasing, float64 [M + 1]."""

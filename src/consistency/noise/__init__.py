@@ -1,4 +1,4 @@
-"""Noise levels: grids, curricula, draws and weightings. No networks.
+"""Noise levels: grids, curricula, levels and weightings. No networks.
 
 Glossary (the same names everywhere):
 
@@ -9,5 +9,5 @@ Glossary (the same names everywhere):
 | N(k) | `num_levels` | number of grid points; there are N - 1 gaps |
 | i | `n` | [B] int64 in [0, N - 2]; the pair is (sigmas[n], sigmas[n + 1]) |
 | t_n, t_{n+1} | `sigma_lo`, `sigma_hi` | [B]; the online network sees `sigma_hi`, the target `sigma_lo` |
-| k, K | `step`, `total_steps` | optimizer steps |
+| k, K | `k` or `step`, `total_steps` | optimizer steps |
 """

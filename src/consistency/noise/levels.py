@@ -21,7 +21,8 @@ from consistency.ops import send
 
 def _lognormal(u: Tensor, mean: float, std: float) -> Tensor:
     """The quantile function of exp(N(mean, std^2)); u = 0 is taken for the smallest u above it."""
-    return torch.exp(mean + std * torch.special.ndtri(u.clamp(min=2.0**-54)))
+    on_cpu = u.cpu() if u.device.type == "mps" else u  # which has no ndtri
+    return send(torch.exp(mean + std * torch.special.ndtri(on_cpu.clamp(min=2.0**-54))), u.device)
 
 
 def check_gives(levels: Any, kind: str, method: str) -> None:
@@ -162,7 +163,8 @@ class UniformIDDPMIndex:
 
     def quantile(self, u: Tensor) -> Tensor:
         """u_floor(M u) of u in [0, 1); float64 [B] -> [B]."""
-        return iddpm_levels(self.M, c_1=self.C_1, c_2=self.C_2)[(u * self.M).long()]
+        levels = iddpm_levels(self.M, c_1=self.C_1, c_2=self.C_2).to(u.dtype)
+        return send(levels, u.device)[(u * self.M).long()]
 
     def __call__(self, k: int, u: Tensor) -> Tensor:
         """sigma [B]."""
@@ -211,7 +213,8 @@ class GridPairs:
     def __call__(self, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma_lo, sigma_hi), each [B]."""
         sigmas = karras_grid(self.num_levels(k), sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-        edges = self.index(sigmas).cumsum(0)[:-1]  # P(index <= n), without the last, which is 1
+        edges = self.index(sigmas).cumsum(0)
+        edges = (edges / edges[-1])[:-1]  # P(index <= n), without the last, which is 1
         n = torch.searchsorted(send(edges.to(u.dtype), u.device), u, right=True)
         on_device = send(sigmas.float(), u.device)
         return on_device[n], on_device[n + 1]

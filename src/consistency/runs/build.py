@@ -156,7 +156,7 @@ def _check_fits(denoiser: Denoiser, data: ImageDataModule) -> None:
     own = getattr(denoiser.parametrization, "sigma_data", data.sigma_data)
     if own != data.sigma_data:
         raise ValueError(
-            f"the teacher was trained with sigma_data {own:g}, data.sigma_data is {data.sigma_data:g}; "
+            f"the model has sigma_data {own:g}, data.sigma_data is {data.sigma_data:g}; "
             f"set data.sigma_data={own:g}, or change teacher"
         )
 
@@ -165,7 +165,10 @@ def _start_from(method: Method, source: str) -> None:
     """Give the online (and target) network the weights of another model of the same architecture."""
     start = load_denoiser(source)
     # What a model means depends on settings without weights too: noise_scale, sigma_data, skip_scale, ...
-    training_only = ("kind", "boundary", "dropout", "dropout_max_resolution", "label_dropout")
+    training_only = (
+        *("kind", "label_dropout", "parametrization.boundary"),
+        *("network.dropout", "network.dropout_max_resolution"),
+    )
     different = method.denoiser.differences(start.config, ignore=training_only)
     if different:
         raise ValueError(f"init_from={source} is another model ({different}); use its settings")

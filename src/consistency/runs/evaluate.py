@@ -110,7 +110,7 @@ def row_of(cfg: DictConfig, subject: Subject, sampler: Any, seed: int) -> dict[s
     model, info, evaluation, extractor, reference = subject
     with counting(f"seed {seed}", evaluation.num_samples) as advance:
         row = evaluation.measure_sampler(model, sampler, extractor, reference, seed=seed, progress=advance)
-    about = {"ckpt": str(cfg.ckpt), "weights": info.get("weights"), "method": info.get("method")}
+    about = {"ckpt": str(cfg.ckpt), "weights": info.get("weights"), "method": info.get("method") or model.kind}
     about |= {"guidance": float(cfg.guidance)} if cfg.guidance != 1 else {}
     return {**row, **about, **execution_of(cfg), "images_seen": info.get("images_seen")}
 

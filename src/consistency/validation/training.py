@@ -98,10 +98,13 @@ def _validate_values(cfg: DictConfig) -> None:
     if cfg.compile in ("reduce-overhead", "max-autotune"):  # gradients of a replay lie where the next one puts its own
         allowed = f"1 with compile={cfg.compile}, or compile=true"
         require(parts == 1, "trainer.accumulate_grad_batches", parts, allowed)
-    for option in ("optimizer.lr", "model.sigma_min", "model.sigma_max", "data.sigma_data"):
-        require_positive(cfg, option)
-    low, high = cfg.model.sigma_min, cfg.model.sigma_max
-    require(low < high, "model.sigma_min", low, f"between 0 and model.sigma_max={high}")
+    require_positive(cfg, "optimizer.lr")
+    for option in ("model.sigma_min", "model.sigma_max", "data.sigma_data"):
+        if OmegaConf.select(cfg, option) is not None:  # parts of one's own may have none
+            require_positive(cfg, option)
+    low, high = OmegaConf.select(cfg, "model.sigma_min"), OmegaConf.select(cfg, "model.sigma_max")
+    in_order = low is None or high is None or low < high
+    require(in_order, "model.sigma_min", low, f"between 0 and model.sigma_max={high}")
 
 
 def validate_data(cfg: DictConfig) -> None:
@@ -133,6 +136,9 @@ def _validate_network(cfg: DictConfig) -> None:
 
     try:
         get_object(cfg.network._target_)  # imported outside, or the module's own tensors would be without memory too
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"network._target_ is {cfg.network._target_}: {str(error).splitlines()[0]}") from error
+    try:
         with torch.device("meta"):
             network = instantiate(cfg.network, _convert_="object")
     except InstantiationException as error:
@@ -158,7 +164,7 @@ def _validate_parts(cfg: DictConfig) -> None:
         require(not cfg.data.get("flip"), "data.flip", True, "false with augment=edm, which mirrors by itself")
         channels = (cfg.network or {}).get("augment_channels")
         require(channels == 9, "network.augment_channels", channels, "9 with augment=edm")
-    if "steps_per_stage" in cfg.levels:
+    if {"steps_per_stage", "q"} <= set(cfg.get("levels") or {}):
         gap = cfg.levels.q ** -(cfg.trainer.max_steps // cfg.levels.steps_per_stage + 1.0)
         allowed = "so many that the pairs of the last stage stay apart (q^-stages above 1e-6)"
         require(gap > 1e-6, "levels.steps_per_stage", cfg.levels.steps_per_stage, allowed)
