@@ -51,7 +51,7 @@ $(INSTALLED): pyproject.toml
 train: $(RUNTIME)  ## Train iCT on real digits: about 4 minutes on 2 cores, writes outputs/digits_ict/
 	@$(BIN)/consistency-train experiment=digits_ict $(ARGS)
 
-test: $(INSTALLED)  ## Test the installation: under 4 minutes on 2 cores (ARGS='-k samplers' for a part)
+test: $(INSTALLED)  ## Test the installation: some minutes on 2 cores (ARGS='-k samplers' for a part)
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED)  ## The rest: kills, multiruns, several processes, the compiler, the browser, packaging, fuzzing

@@ -81,9 +81,7 @@ class Method(L.LightningModule):
             k: Optimizer steps so far, which curricula follow.
             random: Source of noise levels and noise; nothing else should be drawn, but dropout masks.
         """
-        raise TypeError(
-            f"{type(self).__name__} has no step(images, labels, k, random) -> Step"
-        )  # refused at its making
+        raise AssertionError("the constructor refuses a method without a step")
 
     @property
     def network_passes(self) -> int:

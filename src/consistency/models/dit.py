@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consistency.models.layers import PositionalEmbedding, init_weights
+from consistency.models.layers import PositionalEmbedding, add_augment_labels, init_weights
 from consistency.models.register import register_network
 
 NOISE_CHANNELS = 256  # sines and cosines of c_noise
@@ -126,14 +126,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """[B], [B], [B, augment_channels] -> [B, hidden]."""
         emb = self.linear1(F.silu(self.linear0(self.embed_noise(c_noise).to(dtype))))
-        if self.embed_augment is not None:
-            # Zeros say that nothing was augmented; the layer takes part all the same, as DDP wants of every parameter.
-            none = emb.new_zeros(len(emb), self.augment_channels)
-            emb = emb + self.embed_augment(none if augment_labels is None else augment_labels.to(emb.dtype))
-        elif augment_labels is not None:
-            raise ValueError(
-                "the network takes no augmentation labels; set network.augment_channels=9, or augment=none"
-            )
+        emb = add_augment_labels(emb, self.embed_augment, augment_labels)
         if self.embed_label is not None:
             if labels is None:
                 raise ValueError(f"this network is conditional on {self.num_classes} classes, but labels is None")

@@ -264,3 +264,18 @@ def init_weights(module: nn.Module, scale: float = 1.0) -> None:
         module.weight.mul_(scale)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def add_augment_labels(emb: Tensor, layer: nn.Linear | None, augment_labels: Tensor | None) -> Tensor:
+    """The embedding [B, channels] with what was done to the images [B, n] added; None: nothing was, as in sampling.
+
+    Raises:
+        ValueError: if there are augmentation labels, and the network has no layer for them.
+    """
+    if layer is not None:
+        # Zeros say that nothing was augmented; the layer takes part all the same, as DDP wants of every parameter.
+        none = emb.new_zeros(len(emb), layer.in_features)
+        return emb + layer(none if augment_labels is None else augment_labels.to(emb.dtype))
+    if augment_labels is not None:
+        raise ValueError("the network takes no augmentation labels; set network.augment_channels=9, or augment=none")
+    return emb

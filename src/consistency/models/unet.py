@@ -20,6 +20,7 @@ from consistency.models.layers import (
     PyramidConv,
     Resample,
     ResidualBlock,
+    add_augment_labels,
 )
 from consistency.models.register import register_network
 
@@ -216,14 +217,7 @@ class UNet(nn.Module):
     def _embed(self, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """[B], [B], [B, augment_channels] -> [B, emb_channels]."""
         emb = self.embed_noise(c_noise)
-        if self.embed_augment is not None:
-            # Zeros say that nothing was augmented; the layer takes part all the same, as DDP wants of every parameter.
-            none = emb.new_zeros(len(emb), self.augment_channels)
-            emb = emb + self.embed_augment(none if augment_labels is None else augment_labels.to(emb.dtype))
-        elif augment_labels is not None:
-            raise ValueError(
-                "the network takes no augmentation labels; set network.augment_channels=9, or augment=none"
-            )
+        emb = add_augment_labels(emb, self.embed_augment, augment_labels)
         label_emb: Tensor | float = 0.0
         if self.embed_label is not None:
             if labels is None:
