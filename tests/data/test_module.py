@@ -366,3 +366,22 @@ def test_sigma_data_of_a_set_that_is_decoded_looks_at_fewer_images():
 
     module(Slow()).measure_sigma_data()
     assert len(set(read)) == 1000
+
+
+def test_the_whole_set_in_memory_whoever_holds_it():
+    array = ImageArray(torch.arange(48, dtype=torch.uint8).view(3, 1, 4, 4), torch.tensor([2, 0, 1]))
+
+    class Items(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return array.images[index], int(array.labels[index])
+
+    options = {"batch_size": 1, "seed": 0, "image_size": 4, "channels": 1, "num_classes": 3}
+    for dataset in (array, Items()):
+        images, labels = ImageDataModule(dataset, **options).in_memory()
+        assert torch.equal(images, array.images)
+        assert torch.equal(labels, array.labels)
+    with pytest.raises(ValueError, match="0.0 GB of memory"):
+        ImageDataModule(Items(), **options).in_memory(limit=47)

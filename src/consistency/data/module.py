@@ -126,6 +126,7 @@ class ImageDataModule(L.LightningDataModule):
         self.image_shape, self.num_classes = (channels, image_size, image_size), num_classes
         self.flip, self.augment, self.on_device = flip, augment, on_device
         self._dataset: Any = None
+        self._read: tuple[Tensor, Tensor] | None = None  # of a data set that holds no tensors, in memory
         self._resident: tuple[Tensor, Tensor] | None = None  # on the device
 
     @property
@@ -172,6 +173,27 @@ class ImageDataModule(L.LightningDataModule):
         """All images of the set, in its order; uint8 [B, C, H, W]."""
         for indices in torch.arange(len(self.dataset)).split(batch_size):
             yield self._fetch(indices.tolist())[0]
+
+    def in_memory(self, limit: int = 2**31) -> tuple[Tensor, Tensor]:
+        """The whole set: images, uint8 [N, C, H, W] (of a cache, where there is one), and labels, int64 [N].
+
+        Args:
+            limit: Bytes that are read into memory when the data set does not hold its images as one tensor.
+
+        Raises:
+            ValueError: if the images would take more.
+        """
+        if not isinstance(getattr(self.dataset, "images", None), Tensor) and self._read is None:
+            size = len(self.dataset) * torch.Size(self.image_shape).numel()
+            if size > limit:
+                raise ValueError(
+                    f"the data set is decoded on the fly and would take {size / 1e9:.1f} GB of memory; set "
+                    "data.dataset.cache_dir, or give a data set of your own `images` (uint8 [N, C, H, W]) and `labels`"
+                )
+            parts = [self._fetch(part.tolist()) for part in torch.arange(len(self.dataset)).split(512)]
+            images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            self._read = images, labels
+        return self._read or (self.dataset.images, torch.as_tensor(self.dataset.labels))
 
     def measure_sigma_data(self, max_images: int | None = None) -> float:
         """Standard deviation of the pixels in [-1, 1] around their channel mean, over at most `max_images` images.

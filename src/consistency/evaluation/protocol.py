@@ -50,7 +50,7 @@ def classifier(
     device: torch.device | str = "cpu",
     network: ResidualRecipe | None = None,
 ) -> Extractor:
-    """A classifier of a data set that is held in memory or in a cache: the small one, or a residual one.
+    """A classifier of a data set: the small one, or a residual one.
 
     Args:
         data: Data module.
@@ -60,20 +60,18 @@ def classifier(
         network: The residual one and how it is trained; None for the small one.
 
     Raises:
-        ValueError: if there is no data set, or its images are decoded on the fly; if weights are named.
+        ValueError: if there is no data set, or it does not fit in memory; if weights are named.
     """
     if weights is not None:
         raise ValueError(f"evaluation.weights={weights} is for Inception; a classifier is trained on the data set")
-    dataset: Any = getattr(data, "dataset", None)
-    if not isinstance(getattr(dataset, "images", None), Tensor):
-        what = "there is none" if dataset is None else "its images are not in a cache"
+    if data is None:
         raise ValueError(
-            f"a classifier needs the data set, but {what}; use evaluation=full or proxy (Inception), or name data=... "
-            "(in training: callbacks.quality=null for no scores)"
+            "a classifier needs the data set, but there is none; use evaluation=full or proxy (Inception), or name "
+            "data=... (in training: callbacks.quality=null for no scores)"
         )
-    labels = torch.as_tensor(dataset.labels)
+    images, labels = data.in_memory()
     return classifier_extractor(
-        dataset.images, labels, cache_dir, recipe=network, device=device if network is not None else "cpu"
+        images, labels, cache_dir, recipe=network, device=device if network is not None else "cpu"
     )
 
 
@@ -117,8 +115,6 @@ class Evaluation:
                 not in the cache.
         """
         identity = data.identity()
-        if identity["sha256"] is None and not isinstance(getattr(data.dataset, "images", None), Tensor):
-            raise ValueError("a reference needs the data set in a cache; set data.dataset.cache_dir, or reference=FILE")
         extractor = self.make_extractor(data, device)
         extractor.to(device)
         reference = compute_reference(
@@ -128,7 +124,7 @@ class Evaluation:
             extractor=extractor,
             keep_features=self.keeps_features,
             cache_dir=self.cache_dir,
-            content_digest=identity["sha256"] or digest_of(data.dataset.images),
+            content_digest=identity["sha256"] or digest_of(data.in_memory()[0]),
         )
         extractor.cpu()
         self.check(extractor, reference)
