@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from consistency.checkpoints.io import load_model
+from consistency.checkpoints.native import load_model
+from consistency.commands.sample import sample_in_batches
 from consistency.data.datasets import digits
 from consistency.evaluation.features import classifier_moments, train_classifier
 from consistency.evaluation.scores import frechet_distance
-from consistency.runs.sample import sample_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
 
 NUM_SPLITS = 20
@@ -94,7 +94,7 @@ def measure(run: Path, args: argparse.Namespace, num_samples: int, distance: Any
         for level in args.mid_sigma:
             samplers["twostep" if len(args.mid_sigma) == 1 else f"twostep@{level}"] = ConsistencySampler([level])
     for name, sampler in samplers.items():
-        images, _ = sample_images(denoiser, sampler, num_samples=num_samples, seed=args.seed, batch_size=599)
+        images, _ = sample_in_batches(denoiser, sampler, num_samples=num_samples, seed=args.seed, batch_size=599)
         row[name] = distance(images)
     return row
 

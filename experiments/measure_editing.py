@@ -25,13 +25,13 @@ from torch import Tensor
 
 from consistency import load
 from consistency.api import Model, shrink
+from consistency.commands.evaluate import write_json
 from consistency.data.datasets import digits, tinted_digits
-from consistency.data.files import image_grid, save_png
+from consistency.data.image_files import image_grid, save_png
 from consistency.evaluation.extractors import classifier_extractor
 from consistency.ops import to_uint8
-from consistency.runs.evaluate import write_json
-from consistency.sampling.known import LUMA, enlarge, grey, hidden, named_mask
-from consistency.sampling.views import TURNS, low_pass
+from consistency.sampling.operators import LUMA, enlarge, grey, hidden, named_mask
+from consistency.sampling.wrappers import TURNS, low_pass
 
 ROOT = Path(__file__).parents[1]
 PICTURES, RESULTS = ROOT / "docs" / "images", ROOT / "experiments" / "results" / "editing_digits.json"

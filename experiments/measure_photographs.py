@@ -31,16 +31,16 @@ from photographs_table import replaced, table
 from torch import Tensor
 
 from consistency import config
-from consistency.checkpoints.io import load_denoiser
-from consistency.data.files import save_grid
+from consistency.checkpoints.native import load_denoiser
+from consistency.commands.evaluate import Subject, load_subject, row_of, write_json
+from consistency.commands.folder import status_of
+from consistency.commands.rundata import data_of
+from consistency.commands.sample import sample_in_batches
+from consistency.data.image_files import save_grid
 from consistency.evaluation.extractors import extract
 from consistency.evaluation.scores import frechet_distance
 from consistency.evaluation.statistics import FeatureMoments
 from consistency.models.flops import flops_of_image
-from consistency.runs.evaluate import Subject, load_subject, row_of, write_json
-from consistency.runs.folder import status_of
-from consistency.runs.rundata import data_of
-from consistency.runs.sample import sample_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
 
 # Forward passes of a training step beside the one that is differentiated: the target's, and CD's two of the teacher.
@@ -106,7 +106,7 @@ def measure_all(kind: str, ladder: Ladder, args: argparse.Namespace) -> None:
         }
         report["runs"][method] = row
         picture = args.into / "docs" / "images" / f"photographs_{kind}_{method}.png"
-        images, _ = sample_images(
+        images, _ = sample_in_batches(
             subject.denoiser, SAMPLERS[samplers[0]], num_samples=80, seed=0, batch_size=80, labels="balanced"
         )
         save_grid(images, picture, columns=10)  # a class a column

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from consistency import load, save_denoiser
 from consistency.api import Model, shrink
-from consistency.sampling.images import draw_images, labels_of_seed
+from consistency.sampling.images import labels_of_seed, sample_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_heun
 
 
@@ -54,7 +54,7 @@ def test_samples_are_those_of_the_command(make_model, kind, steps):
     model = make_model(kind, num_classes=3)
     sampler = ConsistencySampler([0.821][: steps - 1]) if kind == "consistency" else OdeSampler(sample_heun, steps)
     labels = labels_of_seed(7, range(6), 3)
-    expected = draw_images(model.denoiser, sampler, range(6), seed=7, labels=labels)
+    expected = sample_images(model.denoiser, sampler, range(6), seed=7, labels=labels)
     assert torch.equal(model.sample(6, steps=steps, seed=7), expected)
     assert model.last_evaluations == (steps if kind == "consistency" else 2 * steps - 1)
     model.batch_size = 4

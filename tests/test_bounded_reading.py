@@ -4,7 +4,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from consistency.reading import read_json, read_npz, read_yaml
+from consistency.io.safe_load import read_json, read_npz, read_yaml
 
 
 def written(tmp_path, content, name="file"):

@@ -16,7 +16,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 from consistency import cli
-from consistency.checkpoints.io import save_denoiser
+from consistency.checkpoints.native import save_denoiser
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -183,7 +183,7 @@ def test_sampling_loads_neither_the_compiler_nor_lightning(make_denoiser, tmp_pa
 
 @pytest.mark.slow
 def test_editing_and_measuring_images_of_ones_own_load_no_lightning():
-    code = "import sys, consistency.runs.edit, consistency.runs.evaluate; assert 'lightning' not in sys.modules"
+    code = "import sys, consistency.commands.edit, consistency.commands.evaluate; assert 'lightning' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from consistency import load
-from consistency.checkpoints.io import load_model
-from consistency.runs.folder import status_of
+from consistency.checkpoints.native import load_model
+from consistency.commands.folder import status_of
 
 OLD = Path(__file__).parent / "data" / "version_0_1"
 KINDS = {"edm": "diffusion", "flow": "diffusion", "edm_250": "diffusion"}

@@ -7,13 +7,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from composing import composed
-from consistency.callbacks.ending import EndOfRun
-from consistency.checkpoints.io import load_model
+from consistency.checkpoints.native import load_model
+from consistency.commands.start import start
+from consistency.commands.train import train
 from consistency.models.averages import frozen_copy
-from consistency.models.execution import run_as
+from consistency.models.execution import configure_execution
 from consistency.ops import same_randomness
-from consistency.runs.start import start
-from consistency.runs.train import train
+from consistency.training.ending import StopAtStep
 from consistency.validation import training
 
 
@@ -43,7 +43,7 @@ def crash(folder, name, *overrides):
             raise RuntimeError("crash")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EndOfRun, "on_train_batch_end", fail)
+        patch.setattr(StopAtStep, "on_train_batch_end", fail)
         with pytest.raises(RuntimeError, match="crash"):
             run(folder, name, *overrides)
 
@@ -78,7 +78,7 @@ def test_both_passes_share_one_dropout_mask(make_denoiser):
     method = torch.nn.Module()
     method.denoiser, method.target = online, frozen_copy(online)
     for network in (method.denoiser, method.target):
-        run_as(network, compile="aot_eager")
+        configure_execution(network, compile="aot_eager")
     assert online.network._compiled_call_impl is not None
     x, sigma = torch.randn(8, 1, 4, 4), torch.full((8,), 3.0)
     with same_randomness(x.device) as rewind:
@@ -93,9 +93,9 @@ def test_both_passes_share_one_dropout_mask(make_denoiser):
 def test_in_place_and_copies_are_eager(make_denoiser):
     denoiser = make_denoiser()
     before = list(denoiser.state_dict())
-    run_as(denoiser)
+    configure_execution(denoiser)
     assert denoiser.network._compiled_call_impl is None
-    run_as(denoiser, compile="eager")
+    configure_execution(denoiser, compile="eager")
     assert list(denoiser.state_dict()) == before
     for copied in (copy.deepcopy(denoiser), frozen_copy(denoiser)):
         assert copied.network._compiled_call_impl is None
@@ -103,7 +103,7 @@ def test_in_place_and_copies_are_eager(make_denoiser):
 
 def test_refuses_an_unknown_backend(make_denoiser):
     with pytest.raises(ValueError, match=r"compile is fast; allowed: true, false, reduce-overhead, .*inductor"):
-        run_as(make_denoiser(), compile="fast")
+        configure_execution(make_denoiser(), compile="fast")
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from omegaconf.errors import MissingMandatoryValue
 
 import composing
 from consistency import config, save_denoiser
+from consistency.commands.build import make_method
 from consistency.models.parametrization import EDM, Flow
 from consistency.models.unet import UNet
-from consistency.runs.build import make_method
 from consistency.validation import commands, training
 
 config.register()
@@ -105,7 +105,7 @@ def on_meta(recipe):
 def test_published_recipe_builds_on_the_meta_device(recipe, monkeypatch):
     if recipe.endswith("_cd"):
         teacher = on_meta(recipe.replace("_cd", "_edm"))[1].denoiser
-        monkeypatch.setattr("consistency.checkpoints.io.load_denoiser", lambda source: teacher)
+        monkeypatch.setattr("consistency.checkpoints.native.load_denoiser", lambda source: teacher)
     cfg, method = on_meta(recipe)
     cfg = cfg.copy()
     for option in ("teacher", "init_from"):
@@ -165,7 +165,7 @@ SCHEDULES = {
 def test_published_numbers(recipe, monkeypatch):
     if recipe.endswith("_cd"):
         teacher = on_meta(recipe.replace("_cd", "_edm"))[1].denoiser
-        monkeypatch.setattr("consistency.checkpoints.io.load_denoiser", lambda source: teacher)
+        monkeypatch.setattr("consistency.checkpoints.native.load_denoiser", lambda source: teacher)
     cfg, method = on_meta(recipe)
     parameters, batch, steps, rate, decay = NUMBERS[recipe]
     count = sum(parameter.numel() for parameter in method.denoiser.parameters())

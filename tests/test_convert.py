@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from composing import composed
-from consistency.checkpoints.io import load_denoiser
+from consistency.checkpoints.native import load_denoiser
+from consistency.commands.convert import convert, export
+from consistency.commands.sample import sample
+from consistency.commands.train import train
 from consistency.models.parametrization import EDM
 from consistency.ops import append_dims
-from consistency.runs.convert import convert, export
-from consistency.runs.sample import sample
-from consistency.runs.train import train
 from consistency.validation import commands, training
 from snapshots import snapshot
 

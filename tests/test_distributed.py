@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from consistency.checkpoints.io import load_model, read_checkpoint
-from consistency.runs.folder import RefusedError
+from consistency.checkpoints.native import load_model, read_checkpoint
+from consistency.commands.folder import RefusedError
 from test_resume import stopped
 from test_runs import run
 

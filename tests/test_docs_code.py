@@ -184,13 +184,13 @@ def test_errors_of_extending_are_as_the_page_says(user):
     from omegaconf import OmegaConf
 
     from consistency import ConsistencyTraining, Denoiser, config, load, register_network, save_denoiser
+    from consistency.commands.build import make_method
+    from consistency.commands.rundata import _own_parts
+    from consistency.commands.sample import check_sampler
     from consistency.data.module import ImageDataModule
     from consistency.methods.metrics import l2
     from consistency.noise.levels import LogNormal
     from consistency.noise.weightings import inverse_gap
-    from consistency.runs.build import make_method
-    from consistency.runs.rundata import _own_parts
-    from consistency.runs.sample import check_sampler
 
     class Nameless(torch.nn.Module):
         in_channels, num_classes = 1, 0

@@ -10,8 +10,8 @@ from PIL import Image
 from composing import composed
 from consistency import load, save_denoiser
 from consistency.api import Model
-from consistency.data.files import read_images, save_png, save_pngs
-from consistency.runs.edit import edit
+from consistency.commands.edit import edit
+from consistency.data.image_files import read_images, save_png, save_pngs
 from consistency.validation.commands import validate_edit
 
 INFO = {"method": "ConsistencyTraining", "weights": "ema0.999"}

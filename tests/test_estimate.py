@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from composing import composed
-from consistency.files import locked
-from consistency.runs.estimate import estimate
+from consistency.commands.estimate import estimate
+from consistency.io.run_dir import locked
 from consistency.validation import training
 
 COMMAND = Path(sys.executable).parent / "consistency-train"

@@ -10,12 +10,12 @@ from PIL import Image
 
 from composing import composed
 from consistency import save_denoiser
-from consistency.data.files import save_pngs
-from consistency.runs.evaluate import curve, evaluate
-from consistency.runs.rundata import _own_parts, data_of
-from consistency.runs.sample import sample
-from consistency.runs.search import search
-from consistency.runs.train import train
+from consistency.commands.evaluate import curve, evaluate
+from consistency.commands.rundata import _own_parts, data_of
+from consistency.commands.sample import sample
+from consistency.commands.search import search
+from consistency.commands.train import train
+from consistency.data.image_files import save_pngs
 from consistency.validation import commands, training
 
 JOBS = {

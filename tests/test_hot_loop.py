@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import consistency
 from composing import composed
-from consistency.callbacks.ending import EndOfRun
-from consistency.callbacks.randomness import StepSeeds
-from consistency.runs.build import build_data, build_method, build_parts, build_trainer, fit_quietly
+from consistency.commands.build import build_data, build_method, build_parts, build_trainer, fit_quietly
+from consistency.training.ending import StopAtStep
+from consistency.training.randomness import StepSeeds
 
 OURS = str(Path(consistency.__file__).parent)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
@@ -67,7 +67,7 @@ def train(folder, enter, leave, *overrides):
     data = build_data(cfg)
     method = build_method(cfg, data)
     hot = HotLoop(enter, leave)
-    trainer = build_trainer(cfg, [StepSeeds(0), EndOfRun(7), *build_parts(cfg.callbacks), hot], [], None)
+    trainer = build_trainer(cfg, [StepSeeds(0), StopAtStep(7), *build_parts(cfg.callbacks), hot], [], None)
     fit_quietly(trainer, method, data, None)
     assert method.progress.step == 7
 

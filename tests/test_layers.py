@@ -8,9 +8,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "consistency"
 
 LAYERS = {
-    "files": 0,
-    "whole": 0,
-    "reading": 0,
+    "io": 0,
     "ops": 0,
     "noise": 1,
     "models": 2,
@@ -18,13 +16,13 @@ LAYERS = {
     "methods": 4,
     "data": 4,
     "evaluation": 4,
-    "callbacks": 5,
+    "training": 5,
     "checkpoints": 5,
     "config": 6,
     "validation": 6,
     "api": 6,
-    "runs": 7,
-    "reports": 8,
+    "commands": 7,
+    "report": 8,
     "sweeps": 8,
     "app": 8,
     "cli": 9,

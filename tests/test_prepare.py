@@ -16,10 +16,10 @@ from PIL import Image
 
 from composing import composed
 from consistency import config
+from consistency.commands.prepare import prepare
+from consistency.commands.train import train
 from consistency.data.datasets import digits
 from consistency.data.module import ImageDataModule
-from consistency.runs.prepare import prepare
-from consistency.runs.train import train
 from consistency.validation import training
 
 SETS = sorted(path.stem for path in (config.CONF_DIR / "data").glob("*.yaml"))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from composing import composed
-from consistency.callbacks.randomness import StepSeeds
-from consistency.checkpoints.io import read_checkpoint
+from consistency.checkpoints.native import read_checkpoint
+from consistency.commands.folder import RefusedError
+from consistency.commands.start import start
 from consistency.data.module import ImageDataModule
-from consistency.runs.folder import RefusedError
-from consistency.runs.start import start
+from consistency.training.randomness import StepSeeds
 from test_runs import run
 
 # Six steps of 32 over 100 images: the data begins its second pass in step 4.

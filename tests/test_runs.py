@@ -12,12 +12,12 @@ from hydra.errors import InstantiationException
 from PIL import Image
 
 from composing import composed
-from consistency.checkpoints.io import load_model, save_denoiser
+from consistency.checkpoints.native import load_model, save_denoiser
+from consistency.commands.sample import sample
+from consistency.commands.start import start
+from consistency.commands.train import train
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
-from consistency.runs.sample import sample
-from consistency.runs.start import start
-from consistency.runs.train import train
 from consistency.validation import commands, training
 
 

@@ -17,13 +17,13 @@ from PIL import Image
 
 from composing import composed
 from consistency.api import Model
-from consistency.checkpoints.io import load_denoiser, save_denoiser
-from consistency.data.files import image_grid, read_images
-from consistency.runs import workers
-from consistency.runs.sample import find_devices, sample, trajectory
-from consistency.runs.shards import PngShards, RawShards
+from consistency.checkpoints.native import load_denoiser, save_denoiser
+from consistency.commands import workers
+from consistency.commands.sample import find_devices, sample, trajectory
+from consistency.commands.shards import PngShards, RawShards
+from consistency.data.image_files import image_grid, read_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_dpm2, sample_heun
-from consistency.sampling.views import guided, in_full_batches
+from consistency.sampling.wrappers import guided, in_full_batches
 from consistency.validation import commands
 
 

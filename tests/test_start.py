@@ -8,10 +8,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from consistency.files import locked
-from consistency.runs import start as module
-from consistency.runs.folder import RefusedError, objective_of, status_of, write_status
-from consistency.runs.start import command_of, environment_of_run, start
+from consistency.commands import start as module
+from consistency.commands.folder import RefusedError, objective_of, status_of, write_status
+from consistency.commands.start import command_of, environment_of_run, start
+from consistency.io.run_dir import locked
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_divergence_is_told_apart(cfg, tmp_path):
 
 @pytest.mark.parametrize("state", ["finished", "pruned"])
 def test_what_is_over_is_not_done_again(cfg, tmp_path, monkeypatch, state):
-    monkeypatch.setattr(module, "say_where", lambda run_dir: None)
+    monkeypatch.setattr(module, "log_outputs", lambda run_dir: None)
     write_status(tmp_path, state=state, objective=1.0, scores={"a": 1.0, "b": 2.0})
     assert start(cfg, fails(AssertionError)) == 1.0
     cfg.objective = "b"
@@ -65,7 +65,7 @@ def test_what_is_over_is_not_done_again(cfg, tmp_path, monkeypatch, state):
 
 
 def test_other_ranks_of_a_finished_run_do_not_wait_for_the_first(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "say_where", lambda run_dir: None)
+    monkeypatch.setattr(module, "log_outputs", lambda run_dir: None)
     monkeypatch.setenv("RANK", "1")
     assert start(cfg, lambda: 5.0) == 5.0
     write_status(tmp_path, state="finished", objective=1.0)

@@ -21,7 +21,7 @@ from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.noise.grids import SIGMA_MIN
-from consistency.sampling.images import draw_images
+from consistency.sampling.images import sample_images
 from consistency.sampling.samplers import ConsistencySampler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/, for the network without its file
@@ -71,7 +71,7 @@ def measure(device: torch.device, images: int | None = None, batch: int | None =
 
     def sample() -> None:
         for indices in batches_of_rank(total, batch):
-            draw_images(denoiser, sampler, indices.tolist(), seed=0)
+            sample_images(denoiser, sampler, indices.tolist(), seed=0)
 
     def features() -> None:
         for indices in batches_of_rank(total, batch):

@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from consistency import config
-from consistency.callbacks.averaging import TargetEMA, WeightEMA
-from consistency.callbacks.randomness import StepSeeds
+from consistency.commands.build import build_method, build_trainer, fit_quietly
 from consistency.data.arrays import ImageArray
 from consistency.data.module import ImageDataModule
 from consistency.models.averages import ema_update_
 from consistency.models.execution import matmul_in_tf32
 from consistency.ops import from_uint8
-from consistency.runs.build import build_method, build_trainer, fit_quietly
+from consistency.training.averaging import TargetEMA, WeightEMA
+from consistency.training.randomness import StepSeeds
 
 # What a run has besides: files and pictures, at places that are far apart.
 _APART = ("checkpoint", "sample_grid", "quality", "progress", "prune", "log", "collapse")

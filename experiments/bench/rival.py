@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from consistency.models.averages import ema_update_
 from consistency.models.denoiser import Denoiser
-from consistency.models.execution import run_as
+from consistency.models.execution import configure_execution
 from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
 from consistency.noise.grids import SIGMA_MIN
@@ -122,7 +122,7 @@ def measure(
     sides: dict[str, Callable[[], Any]] = {DIFFUSERS: their_step(theirs, images, noise)}
     sides[PLAIN] = make(copy.deepcopy(ours))
     cl, compiles = copy.deepcopy(ours), {"channels_last": True, "compile": True}
-    run_as(cl, channels_last=True)
+    configure_execution(cl, channels_last=True)
     sides["ours, channels_last"] = make(cl)
     alone: dict[str, Callable[[], Tensor]] = {
         "diffusers, network alone": lambda: theirs(images, zeros).sample,
@@ -130,7 +130,7 @@ def measure(
     }
     if compiled:
         fast, rival = copy.deepcopy(ours), copy.deepcopy(theirs)
-        run_as(fast, **compiles)
+        configure_execution(fast, **compiles)
         sides["ours, speed=gpu (bf16)" if half else "ours, speed=cpu"] = make(
             fast, dtype=half, foreach=not half or None
         )

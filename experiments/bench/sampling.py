@@ -18,7 +18,7 @@ from timing import in_turns, ratio, spread
 from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
-from consistency.models.execution import run_as
+from consistency.models.execution import configure_execution
 from consistency.sampling.samplers import ConsistencySampler
 
 DIFFUSERS = "diffusers, float32, eager"
@@ -87,7 +87,7 @@ def _our_sides(denoiser: Denoiser, device: torch.device, *, compiled: bool) -> d
 
 def _ours(denoiser: Denoiser, way: dict[str, Any]) -> Draw:
     mine, sampler = copy.deepcopy(denoiser), ConsistencySampler()
-    run_as(mine, **way)
+    configure_execution(mine, **way)
 
     def draw(noise: Tensor) -> Tensor:
         return (sampler(mine, noise) / 2 + 0.5).clamp(0, 1)

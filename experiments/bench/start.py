@@ -43,7 +43,7 @@ def measure(rounds: int = 5) -> dict[str, Any]:
                 if rounds == 1 and seconds[name]:
                     continue
                 seconds[name].append(_run(command, folder, env))
-        imports = _imports("consistency.runs.sample", env)
+        imports = _imports("consistency.commands.sample", env)
     medians = {
         name: {"wall": statistics.median(wall for wall, _ in both), "cpu": statistics.median(cpu for _, cpu in both)}
         for name, both in seconds.items()

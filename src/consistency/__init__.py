@@ -16,9 +16,9 @@ _LAZY = {
     "load": "consistency.api",
     "Denoiser": "consistency.models.denoiser",
     "UNet": "consistency.models.unet",
-    "save_grid": "consistency.data.files",
-    "load_denoiser": "consistency.checkpoints.io",
-    "save_denoiser": "consistency.checkpoints.io",
+    "save_grid": "consistency.data.image_files",
+    "load_denoiser": "consistency.checkpoints.native",
+    "save_denoiser": "consistency.checkpoints.native",
     "EDM": "consistency.methods.edm",
     "ConsistencyDistillation": "consistency.methods.distillation",
     "ConsistencyTraining": "consistency.methods.training",
@@ -60,8 +60,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from consistency.api import Model, load
-    from consistency.checkpoints.io import load_denoiser, save_denoiser
-    from consistency.data.files import save_grid
+    from consistency.checkpoints.native import load_denoiser, save_denoiser
+    from consistency.data.image_files import save_grid
     from consistency.methods.base import Method, Step
     from consistency.methods.distillation import ConsistencyDistillation
     from consistency.methods.edm import EDM

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consistency.checkpoints.io import load_model
+from consistency.checkpoints.native import load_model
 from consistency.models.denoiser import Denoiser
 from consistency.models.register import import_modules
 from consistency.ops import add_noise, from_uint8, image_seeds, randn_of_seeds, to_uint8
-from consistency.sampling import views
-from consistency.sampling.drawing import Drawing, Labels, ViewOf
+from consistency.sampling import wrappers
 from consistency.sampling.images import labels_of_seed
-from consistency.sampling.known import enlarge, keep_grey, keep_means, keep_pixels, slerp
+from consistency.sampling.operators import enlarge, project_grey, project_means, project_pixels, slerp
+from consistency.sampling.pipeline import Labels, SamplingPipeline, ViewOf
 
 TWO_STEP = 0.821  # iCT's second level on CIFAR-10 (App. B)
 STROKE, STROKE_RATIO = 5.38, 2.24 / 5.38  # the two levels of CM, App. D, for 256 x 256 pixels
@@ -47,7 +47,7 @@ def load(source: str | Path, weights: str | None = None, device: str = "auto", *
     return Model(*load_model(source, weights), device=device)
 
 
-class Model(Drawing):
+class Model(SamplingPipeline):
     """A consistency model or a diffusion model (EDM, flow matching) behind one interface.
 
     Images go in and come out as uint8 [N, C, H, W] on the CPU; a single image may be [C, H, W], or of PIL. All methods
@@ -100,7 +100,7 @@ class Model(Drawing):
         """
         known = self.images(images)
         if isinstance(mask, str):
-            raise ValueError(f"mask is {mask!r}; it must hold pixels, see consistency.sampling.known.named_mask")
+            raise ValueError(f"mask is {mask!r}; it must hold pixels, see consistency.sampling.operators.named_mask")
         mask = (mask.cpu() if isinstance(mask, Tensor) else torch.as_tensor(np.asarray(mask))) > 0.5
         count, _, height, width = known.shape
         if tuple(mask.shape) not in ((height, width), (1, 1, height, width), (count, 1, height, width)):
@@ -108,21 +108,21 @@ class Model(Drawing):
             raise ValueError(f"the mask is {list(mask.shape)}; it must be {allowed}")
         mask = mask.expand(count, 1, height, width)
         floats = from_uint8(known) * mask  # what is hidden begins as grey; at sigma_max it drowns anyway
-        return self._edit(floats, lambda rows: keep_pixels(self._on(floats[rows]), mask[rows]), **keywords)
+        return self._edit(floats, lambda rows: project_pixels(self._on(floats[rows]), mask[rows]), **keywords)
 
     def colorize(self, images: Any, **keywords: Any) -> Tensor:
         """Colours for the grey of `images`, uint8 [N, 3 or 1, H, W]; their luma is kept. Keywords as in `inpaint`."""
         if self.image_shape[0] != 3:
             raise ValueError("colorization needs a model of colour images, this one draws grey ones")
         floats = from_uint8(self.images(images, channels=(1, 3))).expand(-1, 3, -1, -1)
-        grey = keep_grey(floats)(torch.zeros_like(floats))
-        return self._edit(grey, lambda rows: keep_grey(self._on(floats[rows])), **keywords)
+        grey = project_grey(floats)(torch.zeros_like(floats))
+        return self._edit(grey, lambda rows: project_grey(self._on(floats[rows])), **keywords)
 
     def superresolve(self, images: Any, factor: int = 2, **keywords: Any) -> Tensor:
         """Enlarge uint8 [N, C, H / factor, W / factor]; the mean of each patch is kept. Keywords as in `inpaint`."""
         self.check_factor(factor)
         small = from_uint8(self.images(images, size=self.image_shape[1] // factor))
-        return self._edit(enlarge(small, factor), lambda rows: keep_means(self._on(small[rows]), factor), **keywords)
+        return self._edit(enlarge(small, factor), lambda rows: project_means(self._on(small[rows]), factor), **keywords)
 
     def check_factor(self, factor: Any) -> None:
         """Refuse a factor of `superresolve` that does not divide the image size."""
@@ -262,13 +262,13 @@ class Model(Drawing):
             turn: flip (upside down), mirror (left to right) or rotate (by 180 degrees).
             **keywords: As in `inpaint`, without labels.
         """
-        if turn not in views.TURNS:
-            raise ValueError(f"turn is {turn}; allowed: {', '.join(views.TURNS)}")
+        if turn not in wrappers.TURNS:
+            raise ValueError(f"turn is {turn}; allowed: {', '.join(wrappers.TURNS)}")
         other = self._needed(turned_label, num_images)
         return self._compose(
             label,
             num_images,
-            lambda model, rows: views.anagram(model, self._on(other[rows]), views.TURNS[turn]),
+            lambda model, rows: wrappers.anagram(model, self._on(other[rows]), wrappers.TURNS[turn]),
             **keywords,
         )
 
@@ -288,7 +288,7 @@ class Model(Drawing):
             raise ValueError(f"blur must be positive, got {blur}")
         near = self._needed(near_label, num_images)
         return self._compose(
-            far_label, num_images, lambda model, rows: views.hybrid(model, self._on(near[rows]), blur), **keywords
+            far_label, num_images, lambda model, rows: wrappers.hybrid(model, self._on(near[rows]), blur), **keywords
         )
 
     def images(self, images: Any, *, size: int | None = None, channels: Sequence[int] | None = None) -> Tensor:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import config
-from consistency.runs.folder import RefusedError
-from consistency.runs.start import REFUSED, start
+from consistency.commands.folder import RefusedError
+from consistency.commands.start import REFUSED, start
 from consistency.validation import commands, training
 
 
@@ -116,7 +116,7 @@ def train(cfg: DictConfig) -> float | None:
     def job() -> float | None:
         training.validate_variants(cfg, HydraConfig.get())
         training.validate(cfg)
-        from consistency.runs.train import train
+        from consistency.commands.train import train
 
         return train(cfg)
 
@@ -128,7 +128,7 @@ def train(cfg: DictConfig) -> float | None:
 def _estimate(cfg: DictConfig) -> None:
     training.validate_variants(cfg, HydraConfig.get())
     training.validate(cfg)
-    from consistency.runs.estimate import estimate
+    from consistency.commands.estimate import estimate
 
     estimate(cfg)
 
@@ -140,7 +140,7 @@ def sample(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_sample(cfg)
-        from consistency.runs.sample import sample
+        from consistency.commands.sample import sample
 
         sample(cfg)
 
@@ -154,7 +154,7 @@ def edit(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_edit(cfg)
-        from consistency.runs.edit import edit
+        from consistency.commands.edit import edit
 
         edit(cfg)
 
@@ -168,7 +168,7 @@ def data(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_prepare(cfg)
-        from consistency.runs.prepare import prepare
+        from consistency.commands.prepare import prepare
 
         prepare(cfg)
 
@@ -182,7 +182,7 @@ def convert(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_convert(cfg)
-        from consistency.runs.convert import convert
+        from consistency.commands.convert import convert
 
         convert(cfg)
 
@@ -196,7 +196,7 @@ def export(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_export(cfg)
-        from consistency.runs.convert import export
+        from consistency.commands.convert import export
 
         export(cfg)
 
@@ -210,7 +210,7 @@ def evaluate(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_evaluate(cfg)
-        from consistency.runs.evaluate import evaluate
+        from consistency.commands.evaluate import evaluate
 
         evaluate(cfg)
 
@@ -238,7 +238,7 @@ def search(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_search(cfg)
-        from consistency.runs.search import search
+        from consistency.commands.search import search
 
         search(cfg)
 
@@ -252,7 +252,7 @@ def curve(cfg: DictConfig) -> None:
 
     def job() -> None:
         commands.validate_curve(cfg)
-        from consistency.runs.evaluate import curve
+        from consistency.commands.evaluate import curve
 
         curve(cfg)
 
@@ -261,7 +261,7 @@ def curve(cfg: DictConfig) -> None:
 
 def report() -> None:
     """consistency-report: the runs of a study compared. No Hydra: it reads what is on disk."""
-    from consistency.reports.report import main
+    from consistency.report.report import main
 
     sys.exit(main())
 

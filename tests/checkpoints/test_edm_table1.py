@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from consistency import config
 from consistency.checkpoints.edm import read_edm
-from consistency.checkpoints.io import load_denoiser
+from consistency.checkpoints.native import load_denoiser
+from consistency.commands.convert import convert
 from consistency.models.table1 import IDDPM, VE, VP
 from consistency.ops import append_dims
-from consistency.runs.convert import convert
 from consistency.validation import commands
 
 config.register()

@@ -4,7 +4,7 @@ import zipfile
 import pytest
 import torch
 
-from consistency.checkpoints.io import load_model, read_checkpoint, save_denoiser
+from consistency.checkpoints.native import load_model, read_checkpoint, save_denoiser
 from consistency.checkpoints.tensors import read_tensors
 from consistency.models.denoiser import Denoiser
 from consistency.models.unet import UNet

@@ -383,5 +383,5 @@ def test_the_whole_set_in_memory_whoever_holds_it():
         images, labels = ImageDataModule(dataset, **options).in_memory()
         assert torch.equal(images, array.images)
         assert torch.equal(labels, array.labels)
-    with pytest.raises(ValueError, match="0.0 GB of memory"):
+    with pytest.raises(ValueError, match="GB of memory"):
         ImageDataModule(Items(), **options).in_memory(limit=47)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from consistency.evaluation.ahead import drawn_ahead, in_turn
-from consistency.evaluation.extractors import SWITCHES, extract
+from consistency.evaluation.extractors import PRECISION_LOCK, extract
 from consistency.evaluation.protocol import Evaluation
 from consistency.evaluation.references import reference_of_images
 from consistency.sampling.samplers import ConsistencySampler
@@ -87,12 +87,12 @@ def test_the_thread_draws_in_the_callers_autocast_without_gradients():
 
 def test_no_network_runs_while_an_extractor_has_switched_the_precision(make_denoiser, extractor):
     model, held = make_denoiser(), []
-    model.register_forward_pre_hook(lambda *_: held.append(SWITCHES.locked()))
-    extractor.register_forward_pre_hook(lambda *_: held.append(SWITCHES.locked()))
+    model.register_forward_pre_hook(lambda *_: held.append(PRECISION_LOCK.locked()))
+    extractor.register_forward_pre_hook(lambda *_: held.append(PRECISION_LOCK.locked()))
     in_turn(model)(torch.zeros(1, 1, 8, 8), torch.ones(1))
     extract(extractor, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     assert held == [True, True]
-    assert not SWITCHES.locked()
+    assert not PRECISION_LOCK.locked()
 
 
 @pytest.fixture

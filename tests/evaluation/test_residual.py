@@ -13,7 +13,7 @@ from consistency.evaluation import residual
 from consistency.evaluation.extractors import classifier_extractor, extract
 from consistency.evaluation.features import train_classifier
 from consistency.evaluation.residual import ResidualClassifier, ResidualRecipe
-from consistency.evaluation.storage import digest_of
+from consistency.io.tensors import digest_of
 
 TINY = ResidualRecipe(width=4, epochs=6, batch_size=16, lr=0.1, pad=1)
 
@@ -158,6 +158,6 @@ def test_choice_of_the_configuration(choice, network, data, tmp_path, monkeypatc
         "consistency.evaluation.protocol.classifier_extractor",
         lambda *args, recipe, device: asked.append((type(recipe), device)),
     )
-    module = type("Data", (), {"dataset": type("Set", (), {"images": data[0], "labels": data[1]})})
+    module = type("Data", (), {"in_memory": lambda self: data})()
     evaluation.make_extractor(module, "cuda")
     assert asked == [(network, "cuda" if network is ResidualRecipe else "cpu")]

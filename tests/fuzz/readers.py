@@ -15,21 +15,21 @@ from PIL import Image
 
 from consistency.checkpoints.diffusers import read_diffusers
 from consistency.checkpoints.edm import read_edm
-from consistency.checkpoints.io import load_model, save_denoiser
 from consistency.checkpoints.layouts import diffusers_modules, openai_modules
+from consistency.checkpoints.native import load_model, save_denoiser
 from consistency.checkpoints.openai import read_openai
 from consistency.checkpoints.pickles import read_pickle
+from consistency.commands.folder import status_of
+from consistency.commands.rundata import _own_parts
 from consistency.data import cache
-from consistency.data.files import read_images
+from consistency.data.image_files import read_images
 from consistency.data.sources import Files, Zip
-from consistency.evaluation import storage
+from consistency.io import tensors
+from consistency.io.safe_load import read_npz, read_yaml
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
-from consistency.reading import read_npz, read_yaml
-from consistency.reports.study import read_study
-from consistency.runs.folder import status_of
-from consistency.runs.rundata import _own_parts
+from consistency.report.study import read_study
 from consistency.sweeps.study import note_runs
 from snapshots import snapshot
 
@@ -186,7 +186,7 @@ def _read_cache(folder):
 
 
 def _tensors(folder):
-    storage.write_tensors(folder / "a.safetensors", {"mean": torch.zeros(4)}, {"id": "x", "accuracy": 0.5})
+    tensors.write_tensors(folder / "a.safetensors", {"mean": torch.zeros(4)}, {"id": "x", "accuracy": 0.5})
     return folder / "a.safetensors"
 
 
@@ -242,8 +242,8 @@ READERS = {
     "reference .npz": Reader(_npz, lambda folder: read_npz(folder / "a.npz", ("mu", "sigma", "arr_0"))),
     "cache, meta": Reader(_cache("meta.json"), _read_cache, is_json=True),
     "cache, images": Reader(_cache("images.npy"), _read_cache),
-    "statistics, meta": Reader(_tensors, lambda folder: storage.read_meta(folder / "a.safetensors")),
-    "statistics, tensors": Reader(_tensors, lambda folder: storage.read_tensors(folder / "a.safetensors")),
+    "statistics, meta": Reader(_tensors, lambda folder: tensors.read_meta(folder / "a.safetensors")),
+    "statistics, tensors": Reader(_tensors, lambda folder: tensors.read_tensors(folder / "a.safetensors")),
     "run, status": Reader(
         _run("a/status.json"), lambda folder: (status_of(folder / "a"), _read_run(folder)), is_json=True
     ),

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from consistency.callbacks.averaging import TargetEMA
 from consistency.methods.distillation import ConsistencyDistillation
 from consistency.methods.edm import EDM
 from consistency.methods.metrics import l2, pseudo_huber
@@ -15,8 +14,9 @@ from consistency.noise import weightings
 from consistency.noise.curricula import DoublingLevels, FixedDecay, FixedLevels
 from consistency.noise.grids import karras_grid
 from consistency.noise.levels import GridPairs, LogNormal, RatioPairs, lognormal_index, uniform_index
-from consistency.sampling import views
+from consistency.sampling import wrappers
 from consistency.sampling.steps import euler_step, heun_step
+from consistency.training.averaging import TargetEMA
 
 sgd = partial(torch.optim.SGD, lr=0.1)
 PAIRS = {"levels": GridPairs(FixedLevels(40), uniform_index), "metric": l2, "weighting": weightings.uniform}
@@ -378,7 +378,7 @@ def test_guided_teacher_leads_the_target_input(make_denoiser, fit, record):
     labels = torch.tensor([0, 1, 2, 1])
     fit(method, labels=labels)
     hi, lo = calls  # mu = 0: the target is the online network
-    guided = views.guided(method.teacher, 2.0)
+    guided = wrappers.guided(method.teacher, 2.0)
     assert_close(lo.x, heun_step(guided, hi.x, hi.sigma, lo.sigma, hi.labels))
     assert (lo.x - heun_step(method.teacher, hi.x, hi.sigma, lo.sigma, hi.labels)).abs().max() > 1e-4
     assert "guided" not in " ".join(method.state_dict())

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from consistency.checkpoints.io import load_denoiser, save_denoiser
-from consistency.models.execution import begin_step, matmul_in_tf32, run_as
+from consistency.checkpoints.native import load_denoiser, save_denoiser
+from consistency.models.execution import begin_step, configure_execution, matmul_in_tf32
 
 
 def scene(denoiser):
@@ -18,14 +18,14 @@ def test_defaults_change_no_bit(make_denoiser):
     denoiser = make_denoiser(channels=16, channel_mult=[1, 1], attention_resolutions=[2])
     x, sigma = scene(denoiser)
     before = denoiser(x, sigma)
-    run_as(denoiser)
+    configure_execution(denoiser)
     assert torch.equal(denoiser(x, sigma), before)
 
 
 def test_channels_last_computes_the_same_under_the_same_names(make_denoiser, tmp_path):
     denoiser = make_denoiser(channels=16, channel_mult=[1, 1], attention_resolutions=[2])
     fast = copy.deepcopy(denoiser)
-    run_as(fast, channels_last=True)
+    configure_execution(fast, channels_last=True)
     x, sigma = scene(denoiser)
     torch.testing.assert_close(fast(x, sigma), denoiser(x, sigma), rtol=1e-4, atol=1e-4)
     weight = fast.network.encoder[0].conv0.weight
@@ -41,7 +41,7 @@ def test_channels_last_computes_the_same_under_the_same_names(make_denoiser, tmp
 
 def test_activations_stay_channels_last_from_the_stem_to_the_end(make_denoiser):
     denoiser = make_denoiser(channels=16, channel_mult=[1, 1], attention_resolutions=[2])
-    run_as(denoiser, channels_last=True)
+    configure_execution(denoiser, channels_last=True)
     layouts = []
     for block in [*denoiser.network.encoder, *denoiser.network.middle, *denoiser.network.decoder]:
         block.register_forward_hook(
@@ -55,7 +55,7 @@ def test_autocast_is_around_the_network_alone(make_denoiser):
     denoiser = make_denoiser(channels=16, channel_mult=[1, 1], attention_resolutions=[2])
     x, sigma = scene(denoiser)
     full = denoiser(x, sigma)
-    run_as(denoiser, precision="bf16")
+    configure_execution(denoiser, precision="bf16")
     dtypes = []
     denoiser.network.register_forward_hook(lambda _, inputs, out: dtypes.append((inputs[0].dtype, out.dtype)))
     half = denoiser(x, sigma)
@@ -69,9 +69,9 @@ def test_autocast_is_around_the_network_alone(make_denoiser):
 
 def test_refuses_what_does_not_exist(make_denoiser):
     with pytest.raises(ValueError, match="dtype is int8; allowed: fp32, bf16, fp16"):
-        run_as(make_denoiser(), precision="int8")
+        configure_execution(make_denoiser(), precision="int8")
     with pytest.raises(ValueError, match="dtype is fp16 on a CPU"):
-        run_as(make_denoiser(), precision="fp16")
+        configure_execution(make_denoiser(), precision="fp16")
 
 
 def test_graphs_are_told_of_each_step(make_denoiser, monkeypatch):
@@ -80,7 +80,7 @@ def test_graphs_are_told_of_each_step(make_denoiser, monkeypatch):
     denoiser = make_denoiser()
     begin_step(denoiser)
     assert not told
-    run_as(denoiser, compile="reduce-overhead")
+    configure_execution(denoiser, compile="reduce-overhead")
     begin_step(denoiser)
     assert told == [1]
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from consistency import config
-from consistency.checkpoints.io import load_model, save_denoiser
+from consistency.checkpoints.native import load_model, save_denoiser
+from consistency.commands.folder import RefusedError, check_same_settings
 from consistency.models.denoiser import Denoiser
 from consistency.models.legacy import upgrade_config, upgrade_settings
 from consistency.models.parametrization import EDM, Flow
-from consistency.runs.folder import RefusedError, check_same_settings
 from snapshots import weights_of_rule
 
 config.register()

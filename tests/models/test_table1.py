@@ -12,7 +12,11 @@ from torch.testing import assert_close
 
 from consistency import config
 from consistency.checkpoints.edm import read_edm
-from consistency.checkpoints.io import load_denoiser
+from consistency.checkpoints.native import load_denoiser
+from consistency.commands.convert import export
+from consistency.commands.sample import DEFAULT_SAMPLERS, sample
+from consistency.commands.start import start
+from consistency.commands.train import train
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM, Coefficients
 from consistency.models.register import build, describe_parametrization
@@ -21,10 +25,6 @@ from consistency.noise import weightings
 from consistency.noise.grids import iddpm_levels, vp_sigma, vp_time
 from consistency.noise.levels import LogUniform, UniformIDDPMIndex, UniformVPTime
 from consistency.ops import append_dims
-from consistency.runs.convert import export
-from consistency.runs.sample import DEFAULT_SAMPLERS, sample
-from consistency.runs.start import start
-from consistency.runs.train import train
 from consistency.validation import commands, training
 
 config.register()

@@ -231,7 +231,7 @@ child.wait()
 """
 CHILD = """
 import os, pathlib, sys, time
-from consistency.runs.start import _end_with_launcher
+from consistency.commands.start import _end_with_launcher
 _end_with_launcher()
 pathlib.Path(sys.argv[1] + '.partial').write_text(str(os.getpid()))
 os.replace(sys.argv[1] + '.partial', sys.argv[1])

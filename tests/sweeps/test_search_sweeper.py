@@ -14,14 +14,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from consistency import config
-from consistency.callbacks.pruning import PruneTrial
+from consistency.commands.folder import status_of
+from consistency.commands.start import start
+from consistency.commands.train import train
 from consistency.evaluation.extractors import Extractor
-from consistency.files import locked
-from consistency.runs.folder import status_of
-from consistency.runs.start import start
-from consistency.runs.train import train
+from consistency.io.run_dir import locked
 from consistency.sweeps.search import SearchSweeper
 from consistency.sweeps.space import read_space
+from consistency.training.pruning import PruneTrial
 
 optuna = pytest.importorskip("optuna")
 config.register()
@@ -443,7 +443,7 @@ def test_runs_get_their_pruner(search):
     [prune] = [override for override in overrides if override.key_or_group == "callbacks.prune"]
     assert prune.is_add()
     assert prune.value() == {
-        "_target_": "consistency.callbacks.pruning.PruneTrial",
+        "_target_": "consistency.training.pruning.PruneTrial",
         "storage": str(search.folder / "search.journal"),
         "study": "s",
         "trial": 1,

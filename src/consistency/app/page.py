@@ -10,7 +10,7 @@ from typing import Any
 from consistency.api import STROKE
 from consistency.app.pictures import read_board, read_upload, write_board
 from consistency.app.studio import AUTO, MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, Answer, Settings, Studio
-from consistency.reading import first_line
+from consistency.io.safe_load import first_line
 
 CSS = """
 .picture img { image-rendering: pixelated; width: auto !important; max-width: 100%; margin: auto; }

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from consistency.api import shrink
 from consistency.app.pictures import painted
-from consistency.data.files import image_grid
-from consistency.reading import first_line
-from consistency.sampling.known import enlarge, hidden
+from consistency.data.image_files import image_grid
+from consistency.io.safe_load import first_line
+from consistency.sampling.operators import enlarge, hidden
 
 log = logging.getLogger(__name__)
 

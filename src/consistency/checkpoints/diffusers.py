@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from consistency.checkpoints.layouts import described, diffusers_modules, fill, ratio
 from consistency.checkpoints.sizes import check_network
 from consistency.checkpoints.tensors import read_tensors
+from consistency.io.safe_load import read_json
 from consistency.models.denoiser import Denoiser
 from consistency.models.layers import SelfAttention
 from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
-from consistency.reading import read_json
 
 NOISE_SCALE = 250.0  # the scheduler hands the network 1000 * 0.25 ln(sigma), always
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from consistency.io.safe_load import first_line
 from consistency.models.layers import ConvResample, ResidualBlock
 from consistency.models.unet import UNet
-from consistency.reading import first_line
 
 
 class BlockNames(NamedTuple):

@@ -29,8 +29,8 @@ import torch
 from consistency.data.arrays import DecodedImages, ImageArray, histogram, mean_and_std
 from consistency.data.cropping import Crop
 from consistency.data.sources import Source
-from consistency.files import locked
-from consistency.reading import first_line, read_json, read_npy_header
+from consistency.io.run_dir import locked
+from consistency.io.safe_load import first_line, read_json, read_npy_header
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from consistency.reading import first_line, parse_json
+from consistency.io.safe_load import first_line, parse_json
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.evaluation.extractors import SWITCHES
-from consistency.sampling.views import View
+from consistency.evaluation.extractors import PRECISION_LOCK
+from consistency.sampling.wrappers import DenoiserWrapper
 
 _AHEAD = 2  # batches that are drawn and not yet taken, at most
 _END = object()
@@ -24,14 +24,14 @@ _END = object()
 Batch = tuple[Tensor, Tensor]
 
 
-def in_turn(denoiser: Any) -> View:
+def in_turn(denoiser: Any) -> DenoiserWrapper:
     """The denoiser, whose kernels are never launched while an extractor has switched the precision of all threads."""
 
     def answer(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        with SWITCHES:
+        with PRECISION_LOCK:
             return denoiser(x, sigma, labels)
 
-    return View(denoiser, answer)
+    return DenoiserWrapper(denoiser, answer)
 
 
 @contextmanager

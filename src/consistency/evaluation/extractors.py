@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from consistency.evaluation.features import SmallClassifier, train_classifier
 from consistency.evaluation.residual import ResidualClassifier, ResidualRecipe
-from consistency.evaluation.storage import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
-from consistency.files import locked
+from consistency.io.run_dir import locked
+from consistency.io.tensors import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # how the hash of the published file begins
 _CLASSIFIER = 1  # version of the classifier and its training
-SWITCHES = threading.Lock()  # held while an extractor has switched the precision of all threads; see evaluation.ahead
+# Held while an extractor has switched the precision of all threads; see evaluation.ahead.
+PRECISION_LOCK = threading.Lock()
 _TIMEOUT = 30.0  # seconds without a byte; a network that swallows packets would hang for ever
 
 
@@ -201,7 +202,7 @@ def _full_precision(device_type: str) -> Iterator[None]:
     switch, name, off = (
         (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
     )
-    with SWITCHES:
+    with PRECISION_LOCK:
         matmul, convolutions = torch.get_float32_matmul_precision(), getattr(switch, name)
         torch.set_float32_matmul_precision("highest")
         setattr(switch, name, off)

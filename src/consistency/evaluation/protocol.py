@@ -24,9 +24,9 @@ from consistency.evaluation.measure import (
 )
 from consistency.evaluation.references import Reference, compute_reference
 from consistency.evaluation.residual import ResidualRecipe
-from consistency.evaluation.storage import digest_of
+from consistency.io.tensors import digest_of
 from consistency.models.denoiser import Denoiser
-from consistency.sampling.images import counted, draw_images, labels_of_seed
+from consistency.sampling.images import counted, labels_of_seed, sample_images
 from consistency.sampling.samplers import described
 
 
@@ -201,7 +201,7 @@ class Evaluation:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for indices in batches_of_rank(self.num_samples, self.batch_size, rank=rank, world_size=world_size):
                 labels = labels_of_seed(seed, indices.tolist(), denoiser.num_classes)
-                yield draw_images(model, sampler, indices.tolist(), seed=seed, labels=labels), indices
+                yield sample_images(model, sampler, indices.tolist(), seed=seed, labels=labels), indices
 
         def told(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal taken

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from consistency.evaluation.extractors import INCEPTION_SHA256, PREPROCESSING, Extractor, extract
 from consistency.evaluation.statistics import FeatureStatistics, Moments
-from consistency.evaluation.storage import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
-from consistency.files import locked
-from consistency.reading import read_npz
+from consistency.io.run_dir import locked
+from consistency.io.safe_load import read_npz
+from consistency.io.tensors import digest_of, digest_of_file, read_meta, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

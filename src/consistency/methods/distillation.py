@@ -14,7 +14,7 @@ from consistency.models.denoiser import Denoiser
 from consistency.models.register import rebuilt
 from consistency.ops import add_noise
 from consistency.sampling.steps import heun_step
-from consistency.sampling.views import guided
+from consistency.sampling.wrappers import guided
 
 
 class ConsistencyDistillation(ConsistencyTraining):

@@ -14,7 +14,7 @@ GRAPHS = ("reduce-overhead", "max-autotune")  # modes of inductor that capture t
 MODES = (*GRAPHS, "max-autotune-no-cudagraphs")
 
 
-def run_as(
+def configure_execution(
     denoiser: Denoiser, *, compile: bool | str = False, channels_last: bool = False, precision: str = "fp32"
 ) -> None:
     """Set how the raw network of a denoiser is run, in place; with the defaults nothing changes, to the last bit.
@@ -31,7 +31,7 @@ def run_as(
     Raises:
         ValueError: if there is no such backend, mode or precision.
     """
-    check_ways(next(denoiser.parameters()).device, compile=compile, precision=precision)
+    check_execution(next(denoiser.parameters()).device, compile=compile, precision=precision)
     denoiser.autocast_dtype = DTYPES[precision]
     if channels_last:
         denoiser.network.to(memory_format=torch.channels_last)
@@ -44,8 +44,8 @@ def run_as(
         denoiser.network.compile(backend="inductor" if compile is True else compile)
 
 
-def check_ways(device: torch.device, *, compile: bool | str = False, precision: str = "fp32") -> None:
-    """Refuse what `run_as` would refuse on this device; costs nothing.
+def check_execution(device: torch.device, *, compile: bool | str = False, precision: str = "fp32") -> None:
+    """Refuse what `configure_execution` would refuse on this device; costs nothing.
 
     Raises:
         ValueError: if there is no such backend, mode or precision.

@@ -46,7 +46,7 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = dict(settings)
     if "noise" not in settings or "draw" not in settings:
-        return settings
+        return _renamed_targets(settings)
     noise, levels = settings.pop("noise"), _renamed_targets(settings.pop("draw"))
     method = {key: value for key, value in settings["method"].items() if key != "draw"}
     old = method.get("denoiser", noise)
@@ -75,7 +75,13 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return _renamed_targets(settings)
 
 
-_MODULES = {"consistency.noise.draws.": "consistency.noise.levels.", "consistency.losses.": "consistency.methods."}
+_MODULES = {
+    "consistency.noise.draws.": "consistency.noise.levels.",
+    "consistency.losses.": "consistency.methods.",
+    "consistency.callbacks.": "consistency.training.",
+    "consistency.runs.": "consistency.commands.",
+    "consistency.checkpoints.io.": "consistency.checkpoints.native.",
+}
 
 
 def _renamed_targets(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consistency.models.denoiser import Denoiser
 from consistency.ops import derive_seed, image_seeds, randn_of_seeds, send, to_uint8
-from consistency.sampling.views import View
+from consistency.sampling.wrappers import DenoiserWrapper
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def counted(denoiser: Denoiser) -> Iterator[Callable[[], int]]:
         handle.remove()
 
 
-def recorded(denoiser: Any) -> tuple[View, list[Tensor]]:
+def recorded(denoiser: Any) -> tuple[DenoiserWrapper, list[Tensor]]:
     """The denoiser, and a list to which each evaluation adds its estimate of the images; uint8 [B, C, H, W], CPU."""
     estimates = list[Tensor]()
 
@@ -39,11 +39,11 @@ def recorded(denoiser: Any) -> tuple[View, list[Tensor]]:
         estimates.append(to_uint8(estimate).cpu())
         return estimate
 
-    return View(denoiser, answer), estimates
+    return DenoiserWrapper(denoiser, answer), estimates
 
 
 @torch.no_grad()
-def draw_images(
+def sample_images(
     denoiser: Denoiser,
     sampler: Callable[..., Tensor],
     indices: Sequence[int],

@@ -20,9 +20,9 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.runs.folder import objective_of, status_of, write_status
-from consistency.runs.slurm import requeue
-from consistency.runs.start import REFUSED, command_of, environment_of_run
+from consistency.commands.folder import objective_of, status_of, write_status
+from consistency.commands.slurm import requeue
+from consistency.commands.start import REFUSED, command_of, environment_of_run
 from consistency.sweeps.slots import Slot, find_slots
 from consistency.sweeps.study import INVALID, note_runs, shown
 

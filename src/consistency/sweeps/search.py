@@ -18,18 +18,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.config import is_neutral
-from consistency.files import locked
+from consistency.io.run_dir import locked
 from consistency.sweeps.slots import find_slots
 from consistency.sweeps.space import as_override, check_same_settings, check_same_space, read_space, settings_of
 from consistency.sweeps.study import check_folder, check_no_estimate, note_runs
 from consistency.sweeps.trials import (
     JOURNAL,
-    last_tries,
+    latest_attempts,
     log_summary,
     name_of,
     open_study,
+    requeue_unfinished,
     run_dir_of,
-    take_up,
     tell,
     write_summary,
 )
@@ -143,11 +143,11 @@ class SearchSweeper(Sweeper):
         self._check_same(study, space)
         OmegaConf.save(self.config, folder / "multirun.yaml")
 
-        waiting, batch = take_up(study), self._batch_size()
-        if earlier := last_tries(study):
+        waiting, batch = requeue_unfinished(study), self._batch_size()
+        if earlier := latest_attempts(study):
             log.info("%s: %d trials so far, %d of them are taken up again", folder, len(earlier), len(waiting))
         while True:
-            missing = self.n_trials - len(last_tries(study))
+            missing = self.n_trials - len(latest_attempts(study))
             waiting += [self._ask(study, space, fixed) for _ in range(min(missing, batch - len(waiting)))]
             if not waiting:
                 break
@@ -217,7 +217,7 @@ class SearchSweeper(Sweeper):
         if self.pruner is None:
             return overrides
         callback = {
-            "_target_": "consistency.callbacks.pruning.PruneTrial",
+            "_target_": "consistency.training.pruning.PruneTrial",
             "storage": str((folder / JOURNAL).absolute()),
             "study": study.study_name,
             "trial": trial.number,

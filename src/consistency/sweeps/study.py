@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from consistency.files import is_name, locked
-from consistency.reading import read_json
+from consistency.io.run_dir import is_name, locked
+from consistency.io.safe_load import read_json
 
 log = logging.getLogger(__name__)
 

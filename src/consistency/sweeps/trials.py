@@ -14,8 +14,8 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from consistency.reading import first_line, read_json
-from consistency.runs.folder import status_of
+from consistency.commands.folder import status_of
+from consistency.io.safe_load import first_line, read_json
 from consistency.sweeps.space import as_override
 from consistency.sweeps.study import STUDY_FILE
 
@@ -76,12 +76,12 @@ def name_of(trial: Any) -> str:
     return trial.user_attrs.get("name", f"trial{trial.number:03d}")
 
 
-def last_tries(study: Any) -> dict[str, Any]:
+def latest_attempts(study: Any) -> dict[str, Any]:
     """Name -> trial, the last try of each; those that were never launched are left out."""
     return {name_of(trial): trial for trial in study.get_trials(deepcopy=False) if "overrides" in trial.user_attrs}
 
 
-def take_up(study: Any) -> list[Any]:
+def requeue_unfinished(study: Any) -> list[Any]:
     """Trials of an earlier command to launch again: those that it left, and those that failed, as new tries.
 
     A try that was killed before it had all its parameters is given up.
@@ -91,7 +91,7 @@ def take_up(study: Any) -> list[Any]:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if "overrides" not in trial.user_attrs:
             study.tell(trial.number, state=TrialState.FAIL)
-    for name, trial in last_tries(study).items():
+    for name, trial in latest_attempts(study).items():
         if trial.state == TrialState.FAIL:
             again = create_trial(
                 state=TrialState.RUNNING,
@@ -100,7 +100,7 @@ def take_up(study: Any) -> list[Any]:
                 user_attrs={"overrides": trial.user_attrs["overrides"], "name": name},
             )
             study.add_trial(again)
-    return [trial for trial in last_tries(study).values() if trial.state == TrialState.RUNNING]
+    return [trial for trial in latest_attempts(study).values() if trial.state == TrialState.RUNNING]
 
 
 def tell(study: Any, trial: Any, result: JobReturn) -> str | None:
@@ -149,7 +149,7 @@ def write_summary(study: Any, folder: Path, objective: str | None) -> dict[str, 
     runs = _runs_of(folder)
     said = {name: status_of(folder / run) for name, run in runs.items()}
     rows = []
-    for name, trial in last_tries(study).items():
+    for name, trial in latest_attempts(study).items():
         row = _row(name, trial)
         error = said.get(name, {}).get("error") if row["state"] in ("failed", "diverged") else None
         rows.append({**row, "run": runs.get(name), "error": error})

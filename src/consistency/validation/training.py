@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from consistency.files import is_name
+from consistency.io.run_dir import is_name
 from consistency.validation.ranges import check_ranges
 from consistency.validation.require import is_number, require, require_integer, require_positive
 

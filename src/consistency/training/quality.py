@@ -1,0 +1,220 @@
+"""Scores of the samples while a model trains, on all processes together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from consistency.evaluation.protocol import Evaluation
+from consistency.io.atomic import write_text
+from consistency.training.agreement import check_ranks_agree
+from consistency.training.averaging import WeightEMA
+from consistency.training.checkpointing import checkpoint_callback
+from consistency.training.triggers import EvaluationInterruptedError, EveryNImages
+
+log = logging.getLogger(__name__)
+
+
+class QualityCallback(Callback):
+    """Every n images (and at the end) measure samples of each sampler: `fd_classifier_onestep`, `fid50k_twostep`, ...
+
+    Samples come from the first average of `WeightEMA`, or from the raw weights where there is none. Ranks draw disjoint
+    parts of the same images that one process would draw. Scores go to every logger, to `trainer.callback_metrics` (so
+    that `ModelCheckpoint(monitor=...)` finds them), and with all that makes them comparable to `quality.jsonl`.
+    Training's random state is not touched.
+
+    The run is saved before it is measured. One that is told to stop gives the measurement up (on one process; several
+    finish it) and makes up for it when it goes on.
+
+    Args:
+        evaluation: What is measured.
+        samplers: Name -> sampler.
+        dirpath: Folder of `quality.jsonl`.
+        every_n_images: Images seen between two measurements; 0 for the end only.
+        seed: Of the samples; not the one that is reported at the end, so that a best checkpoint is not chosen on it.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        samplers: dict[str, Callable[..., Tensor]],
+        *,
+        dirpath: str,
+        every_n_images: int = 0,
+        seed: int = 1_000_000,
+    ) -> None:
+        if every_n_images < 0:
+            raise ValueError(
+                f"every_n_images must be 0 (at the end only) or more, got {every_n_images}; "
+                "change callbacks.quality.every_n_images"
+            )
+        self.evaluation, self.samplers, self.dirpath = evaluation, samplers, Path(dirpath)
+        self.every_n_images, self.seed = every_n_images, seed
+        self.best: dict[str, dict[str, float]] = {}
+        self.last: dict[str, float] = {}
+        self._rhythm = EveryNImages(every_n_images)
+        self._seconds = 0.0
+        self._prepared: Any = None
+        self._was_given_up = self._has_begun = False
+
+    def prepare(self, data: Any) -> None:
+        """Get the extractor and the reference; whatever is missing is said here, before training starts."""
+        if self._prepared is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._prepared = self.evaluation.prepare(data, device)
+
+    @property
+    def _scores(self) -> tuple[str, ...]:
+        return self.evaluation.names(self._prepared[0])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all scores, once prepared."""
+        return [f"{score}_{name}" for name in self.samplers for score in self._scores]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a monitor that nothing will ever log."""
+        self.prepare(trainer.datamodule)  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in (*self.names, "loss"):
+                known = ", ".join((*self.names, "loss"))
+                raise ValueError(f"{type(callback).__name__} monitors {monitor}, which nothing logs; known are {known}")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock; forget rows of steps that will be made again; measure what was given up."""
+        self._started, self._seconds = time.perf_counter(), 0.0
+        if trainer.is_global_zero:
+            self._drop_rows_after(self._rhythm.done)
+        if self._rhythm.is_due(pl_module.progress):
+            if (saver := checkpoint_callback(trainer)) is not None:
+                saver.install_signal_handlers()
+            self.measure(trainer, pl_module)
+        self._has_begun = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure when it is due; all ranks come here at the same count."""
+        if self._rhythm.is_due(pl_module.progress):
+            if (saver := checkpoint_callback(trainer)) is not None:
+                saver.save(trainer)
+            self.measure(trainer, pl_module)
+
+    @property
+    def has_deferred_evaluation(self) -> bool:
+        """Whether the last measurement was given up."""
+        return self._was_given_up
+
+    def measure(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Measure every sampler with the averaged weights, and log it."""
+        started = time.perf_counter()
+        average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)  # type: ignore[attr-defined]
+        try:
+            if average is None:
+                rows = self._rows(trainer, pl_module, "raw")
+            else:
+                with average.applied(pl_module) as weights:
+                    rows = self._rows(trainer, pl_module, weights)
+        except EvaluationInterruptedError:
+            self._was_given_up = True
+            log.info("told to stop: the scores after %s images come later", f"{pl_module.progress.images_seen:,}")
+            return
+        self._was_given_up = False
+        self._rhythm.note(pl_module.progress)
+        now = time.perf_counter()
+        self._seconds += now - started
+        self._note(trainer, pl_module, rows, self._seconds / max(now - self._started, 1e-9))
+
+    def _rows(self, trainer: L.Trainer, pl_module: Any, weights: str) -> dict[str, dict[str, Any]]:
+        """Name of the sampler -> its row; the extractor is on the device for this long only."""
+        extractor, reference = self._prepared
+        denoiser, was_training = pl_module.denoiser, pl_module.denoiser.training
+        saver = (
+            checkpoint_callback(trainer) if trainer.world_size == 1 else None
+        )  # ranks could not give up at the same place
+
+        def check_time(count: int) -> None:
+            if saver is not None and saver.interrupted_by is not None:
+                raise EvaluationInterruptedError
+
+        rows = {}
+        try:
+            denoiser.eval()
+            extractor.to(pl_module.device)
+            for name, sampler in self.samplers.items():
+                row = self.evaluation.measure_sampler(
+                    denoiser,
+                    sampler,
+                    extractor,
+                    reference,
+                    seed=self.seed,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                    progress=check_time,
+                )
+                rows[name] = {**row, "weights": weights}
+        finally:
+            extractor.cpu()
+            denoiser.train(was_training)
+        return rows
+
+    def _note(self, trainer: L.Trainer, pl_module: Any, rows: dict[str, dict[str, Any]], share: float) -> None:
+        """To loggers, monitors, the file, and the list of the best."""
+        progress = pl_module.progress
+        scores = {f"{score}_{name}": row[score] for name, row in rows.items() for score in self._scores}
+        check_ranks_agree(trainer, scores, tolerance=1e-3)  # each computed from the same sums
+        self.last = scores
+        for name, value in scores.items():
+            if self._has_begun:  # Lightning refuses it before: monitors miss what is made up for
+                pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+            best = self.best.get(name)
+            if best is None or (value > best["value"] if _higher_is_better(name) else value < best["value"]):
+                self.best[name] = {"value": value, "step": progress.step, "images_seen": progress.images_seen}
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {**scores, "images_seen": progress.images_seen, "quality_time_share": share}, step=progress.step
+            )
+        if trainer.is_global_zero:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            with (self.dirpath / "quality.jsonl").open("a") as file:
+                for name, row in rows.items():
+                    about = {"images_seen": progress.images_seen, "step": progress.step, "name": name}
+                    file.write(json.dumps({**about, **row}) + "\n")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        log.info("after %s images: %s", f"{progress.images_seen:,}", shown)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best scores so far, and the last."""
+        return {"best": self.best, "last": self.last, "done": self._rhythm.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.best, self.last, self._rhythm.done = state_dict["best"], state_dict["last"], state_dict["done"]
+
+    def _drop_rows_after(self, images_seen: int) -> None:
+        file = self.dirpath / "quality.jsonl"
+        if not file.exists():
+            return
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _images_of(line) <= images_seen]
+        if kept != lines:
+            write_text(file, "".join(kept))
+
+
+def _images_of(line: str) -> float:
+    try:
+        return json.loads(line)["images_seen"]
+    except (ValueError, LookupError, TypeError):
+        return 0  # not ours: leave it
+
+
+def _higher_is_better(name: str) -> bool:
+    return name.startswith(("is", "precision", "recall")) and "_std" not in name
