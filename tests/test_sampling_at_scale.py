@@ -18,9 +18,9 @@ from PIL import Image
 from composing import composed
 from consistency.api import Model
 from consistency.checkpoints.native import load_denoiser, save_denoiser
-from consistency.commands import workers
+from consistency.commands import processes
+from consistency.commands.image_parts import ImageParts
 from consistency.commands.sample import find_devices, sample, trajectory
-from consistency.commands.shards import PngShards, RawShards
 from consistency.data.image_files import image_grid, read_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_dpm2, sample_heun
 from consistency.sampling.wrappers import guided, in_full_batches
@@ -55,22 +55,23 @@ def digests(out):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, None), (signal.SIGTERM, 143)])
 def test_stopped_and_resumed_gives_the_same_files(ckpt, tmp_path, monkeypatch, caplog, ending, number, code):
     whole = draw(ckpt, tmp_path / f"whole{ending}")
-    kind = RawShards if ending else PngShards
-    write, calls = kind.write, count()
+    write, calls = ImageParts.write, count()
 
     def write_until_stopped(self, batch, images):
         if next(calls) == 3:
             signal.raise_signal(number)
         write(self, batch, images)
 
-    monkeypatch.setattr(kind, "write", write_until_stopped)
+    monkeypatch.setattr(ImageParts, "write", write_until_stopped)
     with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt if code is None else SystemExit) as caught:
         draw(ckpt, tmp_path / f"stopped{ending}")
     assert code is None or caught.value.code == code
     assert "stopped at 12 of 21 images; the same command goes on" in caplog.text
 
     drawn = []
-    monkeypatch.setattr(kind, "write", lambda self, batch, images: (drawn.append(batch), write(self, batch, images)))
+    monkeypatch.setattr(
+        ImageParts, "write", lambda self, batch, images: (drawn.append(batch), write(self, batch, images))
+    )
     stopped = draw(ckpt, tmp_path / f"stopped{ending}")
     assert drawn == [3, 4, 5]
     assert list(digests(whole).values()) == list(digests(stopped).values())
@@ -84,13 +85,13 @@ def test_stopped_and_resumed_gives_the_same_files(ckpt, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_processes_end_with_their_killed_parent_and_draw_the_same_bits(ckpt, tmp_path):
-    many = ("num_samples=12000", "batch_size=50")
+    many = ("num_samples=9000", "batch_size=50")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [Path(sys.executable).parent / "consistency-sample", *options(ckpt, "two.npz", *many, "devices=2")]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment)
     folder = tmp_path / "two.npz.partial"
     deadline = time.monotonic() + 600
-    while not list(folder.glob("*.bin")) and time.monotonic() < deadline:
+    while not list(folder.rglob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
@@ -99,7 +100,7 @@ def test_processes_end_with_their_killed_parent_and_draw_the_same_bits(ckpt, tmp
         time.sleep(0.01)
     assert not any(map(is_alive, children))
     assert len(children) >= 2
-    assert 1 <= len(list(folder.glob("*.bin"))) < 240
+    assert 1 <= len(list(folder.rglob("*.png"))) < 9000
     two = draw(ckpt, tmp_path / "two.npz", *many)
     one = draw(ckpt, tmp_path / "one.npz", *many)
     assert digests(two) == digests(one)
@@ -113,12 +114,18 @@ def is_alive(pid):
 
 
 def test_what_fails_in_a_process_is_the_error_of_the_command(ckpt, tmp_path):
-    digest = workers.weights_digest(load_denoiser(ckpt))
-    job = workers.Job(str(ckpt), None, digest, 1.0, ConsistencySampler([3, 5]), seed=0, labels=None)
+    digest = processes.weights_digest(load_denoiser(ckpt))
+    job = processes.Job(str(ckpt), None, digest, 1.0, ConsistencySampler([3, 5]), seed=0, labels=None)
     with pytest.raises(ValueError, match="multistep levels must decrease"):
-        workers.draw_on([torch.device("cpu")], job, PngShards(tmp_path, 4, 4, (1, 4, 4)), [0], print)
-    with pytest.raises(OSError, match="disk full"):
-        workers._hear(("OSError", "disk full"), print)
+        processes.sample_on([torch.device("cpu")], job, ImageParts(tmp_path, 4, 4), [0], print)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_batches(ckpt, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["consistency.cli", "sample", *options(ckpt, "two.npz")]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert digests(tmp_path / "two.npz") == digests(draw(ckpt, tmp_path / "one.npz"))
 
 
 @pytest.mark.parametrize("name", ["folder", "images.npz"])
@@ -134,7 +141,7 @@ def test_guidance_reaches_the_images(make_denoiser, tmp_path, name):
 def test_processes_guide_too(make_denoiser, tmp_path):
     denoiser = make_denoiser(num_classes=3, label_dropout=0.1).eval()
     ckpt = save_denoiser(denoiser, tmp_path / "model", {"method": "ConsistencyTraining"})
-    job = workers.Job(str(ckpt), None, workers.weights_digest(denoiser), 3.0, ConsistencySampler(), 0, None)
+    job = processes.Job(str(ckpt), None, processes.weights_digest(denoiser), 3.0, ConsistencySampler(), 0, None)
     x, sigma, labels = torch.randn(2, 1, 4, 4), torch.ones(2), torch.tensor([0, 2])
     assert torch.equal(job.model(torch.device("cpu"))(x, sigma, labels), guided(denoiser, 3.0)(x, sigma, labels))
 
@@ -228,16 +235,16 @@ def test_npz_and_folder_and_grid_hold_the_same_images(ckpt, tmp_path):
                                                       (10_001, "00000/00000.png", "10000/10000.png"),
                                                       (200_000, "000000/000000.png", "199000/199999.png")])  # fmt: skip
 def test_layout_of_many_images(tmp_path, total, first, last):
-    shards = PngShards(tmp_path, total, 4, (1, 2, 2))
+    parts = ImageParts(tmp_path, total, 4)
     end = (total - 1) // 4
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 1, 2, 2)
-    size = len(shards.indices(end))
-    shards.write(end, images[4 : 4 + size])
-    shards.write(0, images[:4])
+    size = len(parts.indices(end))
+    parts.write(end, images[4 : 4 + size])
+    parts.write(0, images[:4])
     assert (tmp_path / first).exists()
     assert (tmp_path / last).exists()
     assert read_images(tmp_path)[:, 0, 0, 0].tolist() == list(range(4 + size))
-    assert [k for k in range(end + 1) if shards.is_there(k)] == [0, end]
+    assert parts.missing() == list(range(1, end))
 
 
 @pytest.mark.parametrize(

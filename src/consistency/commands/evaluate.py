@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from consistency.checkpoints.native import load_model
+from consistency.commands.processes import ready
 from consistency.commands.rundata import data_of
 from consistency.commands.sample import check_sampler, execution_of, sampler_of
-from consistency.commands.workers import ready
 from consistency.data.image_files import read_images
 from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.protocol import Evaluation

@@ -15,15 +15,24 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.native import load_model
-from consistency.commands.shards import PngShards, RawShards, claimed, finish_npz, finish_pngs, is_finished_npz
-from consistency.commands.workers import Job, draw, draw_on, ready, weights_digest
+from consistency.commands.image_parts import ImageParts, claimed, finish_folder, finish_npz, is_finished_npz
+from consistency.commands.processes import (
+    Job,
+    ready,
+    sample_on,
+    sample_parts,
+    torchrun_rank,
+    wait_for_first,
+    wait_for_others,
+    weights_digest,
+)
 from consistency.config import CONF_DIR
 from consistency.data.image_files import is_grid, save_gif, save_grid
 from consistency.io.progress import counting
 from consistency.io.tensors import digest_of
 from consistency.models.execution import check_execution
 from consistency.ops import find_device
-from consistency.sampling.images import labels_of, recorded, sample_images
+from consistency.sampling.images import labels_of, recorded, sample_batches
 from consistency.sampling.wrappers import guided
 from consistency.validation.commands import ending_of
 
@@ -40,10 +49,10 @@ def sample(cfg: DictConfig) -> Path:
     if ending_of(cfg.out) in (".png", ".gif"):
         batch_size = min(cfg.batch_size, cfg.num_samples)
         model = ready(denoiser, device, guidance=cfg.guidance, batch_size=batch_size, **execution_of(cfg))
-        _draw_picture(cfg, out, model, sampler)
+        _write_picture(cfg, out, model, sampler)
         done = True
     else:
-        done = _draw_files(cfg, out, denoiser, sampler, device)
+        done = _write_files(cfg, out, denoiser, sampler, device)
     log.info("%s%d images (%s, weights %s, seed %d) -> %s", "" if done else "finished already: ", cfg.num_samples,
              info.get("method", "model"), info.get("weights"), cfg.seed, out)  # fmt: skip
     return out
@@ -55,25 +64,27 @@ def execution_of(cfg: DictConfig) -> dict[str, Any]:
     return {name: cfg[name] for name, value in usual.items() if cfg[name] != value}
 
 
-def _draw_picture(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any) -> None:
+def _write_picture(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any) -> None:
     """A grid, or with `trajectory` what the network saw in each evaluation: a strip (PNG) or an animated grid (GIF)."""
     if out.exists() and not is_grid(out):
         raise ValueError(f"out={out} exists, and consistency-sample did not make it; name a new file")
-    options = {"num_samples": cfg.num_samples, "seed": cfg.seed, "batch_size": cfg.batch_size}
-    with counting("sampling", cfg.num_samples) as told:
+    options: dict[str, Any] = {"num_samples": cfg.num_samples, "seed": cfg.seed, "batch_size": cfg.batch_size}
+    options["labels"] = _plain(cfg.labels)
+    with counting("sampling", cfg.num_samples) as progress:
         if not cfg.trajectory:
-            save_grid(sample_in_batches(denoiser, sampler, **options, labels=_plain(cfg.labels), told=told)[0], out)
+            save_grid(sample_in_batches(denoiser, sampler, **options, progress=progress)[0], out)
             return
-        frames = trajectory(denoiser, sampler, **options, labels=_plain(cfg.labels), told=told)
+        frames = trajectory(denoiser, sampler, **options, progress=progress)
     if ending_of(cfg.out) == ".gif":
         save_gif(list(frames), out)
     else:
         save_grid(frames.transpose(0, 1).flatten(0, 1), out, columns=len(frames))
 
 
-def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device: torch.device) -> bool:
-    """Single PNGs or an `.npz`, on one device or several, from where the command was stopped; False: nothing to do."""
-    devices = find_devices(cfg.devices, cfg.device, device)
+def _write_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device: torch.device) -> bool:
+    """Single PNGs or an `.npz`, by one process or several, from where the command was stopped; False: nothing to do."""
+    rank, world_size = torchrun_rank()
+    devices = find_devices(cfg.devices if world_size == 1 else 1, cfg.device, device)
     labels = labels_of(_plain(cfg.labels), cfg.seed, cfg.num_samples, denoiser.num_classes)
     job = Job(
         ckpt=str(cfg.ckpt),
@@ -91,23 +102,37 @@ def _draw_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device:
     check_execution(device, compile=cfg.compile, precision=cfg.dtype)
     settings = _settings(cfg, job, device)
     as_npz = ending_of(cfg.out) == ".npz"
+    parts = ImageParts(out.with_name(f"{out.name}.partial") if as_npz else out, cfg.num_samples, cfg.batch_size)
+    if rank > 0:
+        if wait_for_first(parts, out, settings):
+            _sample_missing(parts, job, denoiser, devices, rank, world_size)
+        return True
     if as_npz and is_finished_npz(out, settings):
         return False
-    where = (cfg.num_samples, cfg.batch_size, denoiser.image_shape)
-    shards = RawShards(out.with_name(f"{out.name}.partial"), *where) if as_npz else PngShards(out, *where)
-    with claimed(shards, out, settings):
-        batches = shards.missing()
-        devices = devices[: max(1, len(batches))]
-        with _stoppable(shards, out), counting("sampling", cfg.num_samples, _done(shards, batches)) as told:
-            if batches and len(devices) == 1:
-                draw(job.ready(denoiser, devices[0]), job, shards, batches, told)
-            elif batches:
-                draw_on(devices, job, shards, batches, told)
-        if isinstance(shards, RawShards):
-            finish_npz(shards, out, labels, settings)
+    with claimed(parts, out, settings):
+        was_missing = bool(parts.missing())
+        with _stoppable(parts, out):
+            _sample_missing(parts, job, denoiser, devices, rank, world_size)
+            if world_size > 1:
+                wait_for_others(parts)
+        if as_npz:
+            finish_npz(parts, out, labels, settings)
         else:
-            finish_pngs(shards, settings)
-    return bool(batches) or as_npz
+            finish_folder(parts, settings)
+    return was_missing or as_npz
+
+
+def _sample_missing(
+    parts: ImageParts, job: Job, denoiser: Any, devices: list[torch.device], rank: int, world_size: int
+) -> None:
+    """The batches of this process of torchrun that are not on disk, on its devices."""
+    batches = [batch for batch in parts.missing() if batch % world_size == rank]
+    devices = devices[: max(1, len(batches))]
+    with counting("sampling", parts.num_samples, parts.count_done()) as progress:
+        if batches and len(devices) == 1:
+            sample_parts(job.ready(denoiser, devices[0]), job, parts, batches, progress)
+        elif batches:
+            sample_on(devices, job, parts, batches, progress)
 
 
 def _settings(cfg: DictConfig, job: Job, device: torch.device) -> dict[str, Any]:
@@ -121,12 +146,8 @@ def _settings(cfg: DictConfig, job: Job, device: torch.device) -> dict[str, Any]
     return own | job.execution
 
 
-def _done(shards: PngShards | RawShards, missing: list[int]) -> int:
-    return shards.num_samples - sum(len(shards.indices(batch)) for batch in missing)
-
-
 @contextmanager
-def _stoppable(shards: PngShards | RawShards, out: Path) -> Iterator[None]:
+def _stoppable(parts: ImageParts, out: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the command with what is done on disk, and a line about it."""
 
     def stop(number: int, frame: Any) -> None:
@@ -137,8 +158,8 @@ def _stoppable(shards: PngShards | RawShards, out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        done = _done(shards, shards.missing())
-        log.info("%s: stopped at %d of %d images; the same command goes on", out, done, shards.num_samples)
+        done = parts.count_done()
+        log.info("%s: stopped at %d of %d images; the same command goes on", out, done, parts.num_samples)
         raise
     finally:
         if in_main:
@@ -186,7 +207,7 @@ def sample_in_batches(
     seed: int,
     batch_size: int,
     labels: Any = None,
-    told: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(uint8 [N, C, H, W], int64 [N] or None) on the CPU; image i is a function of (seed, i), not of the batch.
 
@@ -197,15 +218,15 @@ def sample_in_batches(
         seed: Of all images.
         batch_size: Images at a time.
         labels: As `labels_of` takes them.
-        told: After each batch, the number of its images.
+        progress: Called after each batch with the number of its images.
     """
     all_labels = labels_of(labels, seed, num_samples, denoiser.num_classes)
-    batches = []
-    for indices in torch.arange(num_samples).split(batch_size):
-        batch_labels = None if all_labels is None else all_labels[indices]
-        batches.append(sample_images(denoiser, sampler, indices.tolist(), seed=seed, labels=batch_labels).cpu())
-        told(len(indices))
-    return torch.cat(batches), all_labels
+    batches = (part.tolist() for part in torch.arange(num_samples).split(batch_size))
+    images = []
+    for indices, batch in sample_batches(denoiser, sampler, batches, seed=seed, labels=all_labels):
+        images.append(batch.cpu())
+        progress(len(indices))
+    return torch.cat(images), all_labels
 
 
 def trajectory(denoiser: Any, sampler: Any, *, batch_size: int, **options: Any) -> torch.Tensor:

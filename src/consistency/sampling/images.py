@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,26 @@ def sample_images(
     randn_like = randn_of_seeds(image_seeds(seed, indices), denoiser.image_shape)
     labels = None if labels is None else send(labels, device)
     return to_uint8(sampler(denoiser, randn_like(state), labels, randn_like))
+
+
+def sample_batches(
+    denoiser: Denoiser,
+    sampler: Callable[..., Tensor],
+    batches: Iterable[Sequence[int]],
+    *,
+    seed: int,
+    labels: Tensor | None = None,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """(indices, uint8 [B, C, H, W] on the denoiser's device) of one batch after another.
+
+    Args:
+        denoiser: As in `sample_images`, as for `sampler` and `seed`.
+        batches: Which images each batch has.
+        labels: [N] int64 of all images, of conditional models.
+    """
+    for indices in batches:
+        own = None if labels is None else labels[list(indices)]
+        yield indices, sample_images(denoiser, sampler, indices, seed=seed, labels=own)
 
 
 def labels_of(labels: Any, seed: int, num_images: int, num_classes: int) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""Batches of drawn images on disk, so that an interrupted command goes on where it was.
+"""Sampled images on disk while a command is under way, so that an interrupted command goes on where it was.
 
-Batch k holds the images k * batch_size to (k + 1) * batch_size - 1. It counts when all of its files are whole; each is
-written beside and renamed. A manifest says which settings determine the images: no others are mixed with them.
+Every image is a PNG, written beside and renamed; an `.npz` is packed from them at the end. Batch k holds the images
+k * batch_size to (k + 1) * batch_size - 1, and is sampled again unless all of its PNGs are complete. A manifest says
+which settings determine the images: no others are mixed with them.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from consistency.data.image_files import MANIFEST, npz_note, save_npz, save_png, to_nhwc
-from consistency.io.atomic import atomic_replace, write_text
+from consistency.data.image_files import MANIFEST, npz_note, save_npz, save_png
+from consistency.io.atomic import write_text
 from consistency.io.run_dir import locked
 from consistency.io.safe_load import read_json
 
@@ -29,87 +30,50 @@ _PATIENCE = 5.0  # seconds for another process to let go
 
 
 @dataclass(frozen=True)
-class Shards(ABC):
-    """Where batches go: a folder, and how many images there shall be.
+class ImageParts:
+    """The PNGs `00000.png`, ... of a folder, or `12000/12345.png` where there are more than 10,000.
 
     Args:
-        folder: Of the files and the manifest.
-        num_samples: Of all batches.
-        batch_size: Of each but the last.
-        image_shape: (C, H, W).
+        folder: Of the PNGs and the manifest; it need not exist.
+        num_samples: How many images there shall be.
+        batch_size: Images of each batch but the last.
     """
 
     folder: Path
     num_samples: int
     batch_size: int
-    image_shape: tuple[int, int, int]
 
     def indices(self, batch: int) -> range:
         """Numbers of the images of a batch."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_samples))
 
     def missing(self) -> list[int]:
-        """Batches that are not there, or not whole."""
-        return [k for k in range(math.ceil(self.num_samples / self.batch_size)) if not self.is_there(k)]
+        """Batches of which an image is missing or cut short, as after a power cut."""
+        batches = range(math.ceil(self.num_samples / self.batch_size))
+        return [k for k in batches if not all(_ends_as_png(self.path(index)) for index in self.indices(k))]
 
-    @abstractmethod
-    def is_there(self, batch: int) -> bool:
-        """Whether all of a batch is on disk."""
-
-    @abstractmethod
-    def write(self, batch: int, images: Tensor) -> None:
-        """Put a batch of uint8 images [B, C, H, W] on disk."""
-
-
-class PngShards(Shards):
-    """One PNG an image: `00000.png`, or `12000/12345.png` where there are more than 10,000."""
-
-    def is_there(self, batch: int) -> bool:
-        """Whether every PNG of a batch is there to its end: after a power cut a file may be empty or cut short."""
-        return all(_ends_as_png(self._path(index)) for index in self.indices(batch))
+    def count_done(self) -> int:
+        """Images of complete batches."""
+        return self.num_samples - sum(len(self.indices(batch)) for batch in self.missing())
 
     def write(self, batch: int, images: Tensor) -> None:
-        """Write the PNGs of a batch."""
+        """Write the PNGs of a batch of uint8 images [B, C, H, W]."""
         for index, image in zip(self.indices(batch), images, strict=True):
-            save_png(image, self._path(index))
+            save_png(image, self.path(index))
 
-    def _path(self, index: int) -> Path:
-        width = max(5, len(str(self.num_samples - 1)))  # names sort as numbers do
+    def path(self, index: int) -> Path:
+        """Of one image; names sort as numbers do."""
+        width = max(5, len(str(self.num_samples - 1)))
         within = f"{index - index % 1000:0{width}d}" if self.num_samples > _FLAT else ""
         return self.folder / within / f"{index:0{width}d}.png"
 
 
-class RawShards(Shards):
-    """One file of bytes [B, H, W, C] a batch, from which an `.npz` is made at the end."""
-
-    def is_there(self, batch: int) -> bool:
-        """Whether the file has its size."""
-        path = self._path(batch)
-        return path.exists() and path.stat().st_size == len(self.indices(batch)) * math.prod(self.image_shape)
-
-    def write(self, batch: int, images: Tensor) -> None:
-        """Write the file of a batch."""
-        path = self._path(batch)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(to_nhwc(images).tobytes())
-        atomic_replace(partial, path)
-
-    def save(self, path: Path, labels: Tensor | None, note: str) -> None:
-        """Make the `.npz` of all batches, one in memory at a time."""
-        count, (channels, height, width) = math.ceil(self.num_samples / self.batch_size), self.image_shape
-        parts = (self._path(batch).read_bytes() for batch in range(count))
-        save_npz(parts, (self.num_samples, height, width, channels), labels, path, note=note)
-
-    def _path(self, batch: int) -> Path:
-        return self.folder / f"{batch:07d}.bin"
-
-
 @contextmanager
-def claimed(shards: Shards, out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """This process alone works in the folder, which is new, or of the same settings.
+def claimed(parts: ImageParts, out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Lock the folder, which must be new or written with the same settings.
 
     Args:
-        shards: In a folder that need not exist.
+        parts: In a folder that need not exist.
         out: What the user calls it.
         settings: All that determines the images, as plain values.
 
@@ -117,34 +81,42 @@ def claimed(shards: Shards, out: Path, settings: Mapping[str, Any]) -> Iterator[
         ValueError: if there is something else in the folder, or images of other settings.
         TimeoutError: if another process works there.
     """
-    folder = shards.folder
+    folder = parts.folder
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={out} is a file without an ending; name a folder, or end it in .png or .npz")
-    others = _entries(folder, partials=True)
-    if others and not (folder / MANIFEST).exists():
+    if _entries(folder, partials=True) and not (folder / MANIFEST).exists():
         raise ValueError(f"out={out}: {folder} is a folder that is not empty; name a new one")
     with locked(folder / MANIFEST, patience=_PATIENCE):
         try:
             if (folder / MANIFEST).exists() and _entries(folder):  # with no image in it, nothing can be mixed
                 check_same(settings, read_json(folder / MANIFEST), out)
-            for partial in folder.glob("**/.*.partial"):  # of a process that was killed
-                partial.unlink(missing_ok=True)
-            if shards.missing():
+            if parts.missing():
                 write_text(folder / MANIFEST, manifest(settings, finished=False))
             yield
         finally:
             (folder / f".{MANIFEST}.lock").unlink(missing_ok=True)
 
 
-def finish_pngs(shards: PngShards, settings: Mapping[str, Any]) -> None:
-    """Say in the manifest that nothing is missing: readers refuse a folder that is not finished."""
-    write_text(shards.folder / MANIFEST, manifest(settings, finished=True))
+def finish_folder(parts: ImageParts, settings: Mapping[str, Any]) -> None:
+    """Write into the manifest that no image is missing: readers refuse a folder that is not finished."""
+    for partial in parts.folder.glob("**/.*.partial"):  # of a process that was killed
+        partial.unlink(missing_ok=True)
+    write_text(parts.folder / MANIFEST, manifest(settings, finished=True))
 
 
-def finish_npz(shards: RawShards, path: Path, labels: Tensor | None, settings: Mapping[str, Any]) -> None:
-    """Make the `.npz`, with the manifest as a note in it, and remove the batches."""
-    shards.save(path, labels, manifest(settings, finished=True))
-    shutil.rmtree(shards.folder, ignore_errors=True)
+def finish_npz(parts: ImageParts, path: Path, labels: Tensor | None, settings: Mapping[str, Any]) -> None:
+    """Pack the `.npz`, with the manifest as a note in it, and remove the PNGs."""
+    from PIL import Image
+
+    def pixels() -> Iterator[np.ndarray]:
+        for index in range(parts.num_samples):
+            with Image.open(parts.path(index)) as image:
+                yield np.atleast_3d(np.asarray(image))
+
+    shape = next(pixels()).shape
+    images = (array.tobytes() for array in pixels())
+    save_npz(images, (parts.num_samples, *shape), labels, path, note=manifest(settings, finished=True))
+    shutil.rmtree(parts.folder, ignore_errors=True)
 
 
 def is_finished_npz(path: Path, settings: Mapping[str, Any]) -> bool:
@@ -162,7 +134,7 @@ def is_finished_npz(path: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def manifest(settings: Mapping[str, Any], *, finished: bool) -> str:
-    """The text of the manifest; nothing in it depends on when, where or in how many sessions the images were drawn."""
+    """The text of the manifest; it does not depend on when, where or in how many sessions the images were sampled."""
     content = {"made_by": "consistency-sample", "finished": finished, "settings": dict(settings)}
     return json.dumps(content, indent=1) + "\n"
 
