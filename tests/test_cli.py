@@ -1,10 +1,9 @@
 """The commands as a user types them: subprocesses, in an empty folder."""
 
-import copy
 import csv
-import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra.core.config_store import ConfigStore
 
 from consistency import cli
 from consistency.checkpoints.native import save_denoiser
+from consistency.commands.rules import RULES
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -221,11 +220,43 @@ def test_waiting_threads_sleep_on_a_busy_machine(monkeypatch, load, given, polic
     assert found == policy
 
 
-def test_help_copies_no_stored_configuration():
-    importlib.import_module("consistency.cli")
-    store = ConfigStore.instance()
-    assert copy.deepcopy(store) is store
-    assert store.load("hydra/config.yaml").node is not store.load("hydra/config.yaml").node
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_help_is_the_page_of_the_command(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"consistency-{name}", "seed=1", "--help"])
+    getattr(cli, name)()
+    page = capsys.readouterr().out
+    first, _, _, *lines = page.splitlines()
+    assert first.startswith(f"consistency-{name}: ")
+    assert sum(line.startswith(f"  consistency-{name} ") for line in lines) == 3
+    options = [line.split("=")[0].strip() for line in lines if re.match(r"  \w+=", line)]
+    missing = {option.partition(".")[0] for option in RULES[name]} - set(options)
+    assert missing <= {"method", "metric", "model", "callbacks"}, missing  # of groups that a method brings
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "words"),
+    [
+        ("sample", "num_sample=5", "there is no option num_sample here; did you mean num_samples?"),
+        ("sample", "+num_sample=5", "there is no option num_sample; did you mean num_samples?"),
+        ("sample", "++nonsense=5", "there is no option nonsense"),
+        ("sample", "sampler=multistp", "sampler is multistp; allowed: ancestral, dpm2"),
+        ("train", "trainer.max_step=3", "no option trainer.max_step here; did you mean trainer.max_steps?"),
+        ("train", "experiment=digits_ic", "did you mean digits_ict?"),
+        ("train", "logger=null", "logger is null; allowed: csv"),
+    ],
+)
+def test_what_does_not_exist_is_one_line_with_what_was_meant(name, override, words, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", [f"consistency-{name}", override, "ckpt=x"] if name == "sample" else ["x", override]
+    )
+    with pytest.raises(SystemExit) as end:
+        getattr(cli, name)()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert words in said
+    assert "append" not in said  # Hydra's hint to add what nothing reads
+    assert len(said.splitlines()) == 1
+    assert os.environ.get("HYDRA_FULL_ERROR", "0") == "0"
 
 
 @pytest.mark.slow

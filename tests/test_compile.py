@@ -8,13 +8,13 @@ from torch._dynamo.utils import counters
 
 from composing import composed
 from consistency.checkpoints.native import load_model
+from consistency.commands import checks
 from consistency.commands.start import start
 from consistency.commands.train import train
 from consistency.models.averages import frozen_copy
 from consistency.models.execution import configure_execution
 from consistency.ops import same_randomness
 from consistency.training.ending import StopAtStep
-from consistency.validation import training
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def run(folder, name, *overrides):
     settings += ["network.channel_mult=[1]", "network.num_blocks=1", "callbacks.sample_grid=null"]
     settings += [f"run_name={name}", f"paths.output_dir={folder / name}", *overrides]
     cfg = composed("train", *settings)
-    training.validate(cfg)
+    checks.check("train", cfg)
     start(cfg, lambda: train(cfg))
     return torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
 

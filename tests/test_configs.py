@@ -14,10 +14,10 @@ from omegaconf.errors import MissingMandatoryValue
 
 import composing
 from consistency import config, save_denoiser
+from consistency.commands import checks
 from consistency.commands.build import make_method
 from consistency.models.parametrization import EDM, Flow
 from consistency.models.unet import UNet
-from consistency.validation import commands, training
 
 config.register()
 
@@ -59,7 +59,7 @@ def composed(*overrides, name="train"):
 
 def check(cfg):
     """What a command checks before anything is made: the options, then what the parts say to each other."""
-    training.validate(cfg)
+    checks.check("train", cfg)
     return make_method(cfg)
 
 
@@ -111,7 +111,7 @@ def test_published_recipe_builds_on_the_meta_device(recipe, monkeypatch):
     for option in ("teacher", "init_from"):
         if cfg[option] is not None:
             cfg[option] = str(config.CONF_DIR)  # one that exists
-    training.validate(cfg)
+    checks.check("train", cfg)
     parameters = list(method.denoiser.parameters())
     assert all(parameter.is_meta for parameter in parameters)
     assert 50e6 < sum(parameter.numel() for parameter in parameters) < 600e6
@@ -228,7 +228,7 @@ def test_option_instantiates(group, option):
 @pytest.mark.parametrize("curriculum", [name for name in GROUPS["curriculum"] if name != "ect"])
 def test_every_curriculum_goes_with_the_main_recipe(curriculum):
     cfg = composed("experiment=digits_ict", f"curriculum={curriculum}")
-    training.validate(cfg)
+    checks.check("train", cfg)
     levels = instantiate(cfg.levels, _convert_="object")
     assert levels.num_levels(cfg.trainer.max_steps) == (18 if curriculum == "fixed" else 161)
 
@@ -250,7 +250,7 @@ def test_without_a_recipe_the_number_of_steps_is_asked_for():
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("train", overrides=["~experiment", "run_name=x", "paths.output_dir=unused"])
     with pytest.raises((ValueError, MissingMandatoryValue), match=r"trainer\.max_steps") as caught:
-        training.validate(cfg)
+        checks.check("train", cfg)
     assert OmegaConf.is_missing(cfg.trainer, "max_steps")
     assert "max_steps" in str(caught.value).splitlines()[0]
 
@@ -351,14 +351,14 @@ def test_impossible_configuration_is_one_clear_line(overrides, words):
 
 
 def test_attention_at_a_size_that_is_not_there_is_said(caplog):
-    training.validate(composed())
+    checks.check("train", composed())
     assert caplog.text == ""
-    training.validate(composed("data.image_size=16"))  # the own data of docs/data.md
+    checks.check("train", composed("data.image_size=16"))  # the own data of docs/data.md
     assert "lists [4], but the network has feature maps of [16, 8] pixels" in caplog.text
 
 
 def test_network_beside_a_teacher_is_not_checked():
-    training.validate(composed("method=cd", f"teacher={config.CONF_DIR}", "data.image_size=7"))
+    checks.check("train", composed("method=cd", f"teacher={config.CONF_DIR}", "data.image_size=7"))
 
 
 @pytest.mark.parametrize(
@@ -378,9 +378,9 @@ def test_network_beside_a_teacher_is_not_checked():
     ],
 )
 def test_impossible_options_of_consistency_data(overrides, words):
-    commands.validate_prepare(composed("data=folder", name="prepare"))
+    checks.check("data", composed("data=folder", name="prepare"))
     with pytest.raises(ValueError) as caught:
-        commands.validate_prepare(composed("data=folder", *overrides, name="prepare"))
+        checks.check("data", composed("data=folder", *overrides, name="prepare"))
     assert str(caught.value).startswith(words)
     assert "\n" not in str(caught.value)
 
@@ -437,8 +437,8 @@ class TestRunName:
 def test_an_ablation_never_trains_one_ordinary_run(cfg, variants, words):
     hydra = {"sweeper": {"variants": variants}, "runtime": {"choices": {"ablation": "mine", "sweep": None}}}
     with pytest.raises(ValueError, match=re.escape(words)):
-        training.validate_variants(OmegaConf.create(cfg), OmegaConf.create(hydra))
-    training.validate_variants(
+        checks.check_variants(OmegaConf.create(cfg), OmegaConf.create(hydra))
+    checks.check_variants(
         OmegaConf.create({"variant": "a"}), OmegaConf.create({**hydra, "sweeper": {"variants": {"a": []}}})
     )
 
@@ -486,4 +486,4 @@ def test_speed_of_a_cpu_is_the_same_run_that_of_a_gpu_another():
 )
 def test_ways_to_run_that_contradict_each_other(settings, message):
     with pytest.raises(ValueError, match=message):
-        training.validate(composed("experiment=digits_ict", *settings))
+        checks.check("train", composed("experiment=digits_ict", *settings))

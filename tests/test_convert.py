@@ -10,12 +10,12 @@ from PIL import Image
 
 from composing import composed
 from consistency.checkpoints.native import load_denoiser
+from consistency.commands import checks
 from consistency.commands.convert import convert, export
 from consistency.commands.sample import sample
 from consistency.commands.train import train
 from consistency.models.parametrization import EDM
 from consistency.ops import append_dims
-from consistency.validation import commands, training
 from snapshots import snapshot
 
 DATA = Path(__file__).parent / "data"
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 
 def run(command, **options):
     cfg = composed(command, *(f"{key}={value}" for key, value in options.items()))
-    {"convert": commands.validate_convert, "export": commands.validate_export}[command](cfg)
+    checks.check(command, cfg)
     return {"convert": convert, "export": export}[command](cfg)
 
 
@@ -179,7 +179,7 @@ class TestUse:
             "callbacks.sample_grid.num_samples=4",
         ]
         cfg = composed("train", *data, *overrides)
-        training.validate(cfg)
+        checks.check("train", cfg)
         train(cfg)
         return user / name
 

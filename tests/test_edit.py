@@ -10,16 +10,16 @@ from PIL import Image
 from composing import composed
 from consistency import load, save_denoiser
 from consistency.api import Model
+from consistency.commands.checks import check
 from consistency.commands.edit import edit
 from consistency.data.image_files import read_images, save_png, save_pngs
-from consistency.validation.commands import validate_edit
 
 INFO = {"method": "ConsistencyTraining", "weights": "ema0.999"}
 
 
 def run(folder, *overrides, out="out"):
     cfg = composed("edit", f"ckpt={folder / 'model'}", f"out={folder / out}", "device=cpu", *overrides)
-    validate_edit(cfg)
+    check("edit", cfg)
     return edit(cfg)
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from composing import composed
+from consistency.commands import checks
 from consistency.commands.estimate import estimate
 from consistency.io.run_dir import locked
-from consistency.validation import training
 
 COMMAND = Path(sys.executable).parent / "consistency-train"
 
 
 def asked(*overrides):
     cfg = composed("train", "experiment=smoke_ct", "estimate=true", *overrides)
-    training.validate(cfg)
+    checks.check("train", cfg)
     return cfg
 
 

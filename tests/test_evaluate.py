@@ -10,27 +10,27 @@ from PIL import Image
 
 from composing import composed
 from consistency import save_denoiser
+from consistency.commands import checks
 from consistency.commands.evaluate import curve, evaluate
 from consistency.commands.rundata import _own_parts, data_of
 from consistency.commands.sample import sample
 from consistency.commands.search import search
 from consistency.commands.train import train
 from consistency.data.image_files import save_pngs
-from consistency.validation import commands, training
 
 JOBS = {
-    "evaluate": (commands.validate_evaluate, evaluate),
-    "curve": (commands.validate_curve, curve),
-    "search": (commands.validate_search, search),
-    "train": (training.validate, train),
-    "sample": (commands.validate_sample, sample),
+    "evaluate": evaluate,
+    "curve": curve,
+    "search": search,
+    "train": train,
+    "sample": sample,
 }
 
 
 def run(command, *overrides):
     cfg = composed(command, *overrides)
-    validate, job = JOBS[command]
-    validate(cfg)
+    job = JOBS[command]
+    checks.check(command, cfg)
     return job(cfg)
 
 

@@ -19,7 +19,6 @@ LAYERS = {
     "training": 5,
     "checkpoints": 5,
     "config": 6,
-    "validation": 6,
     "api": 6,
     "commands": 7,
     "report": 8,

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from composing import composed
 from consistency import config
-from consistency.validation import training
+from consistency.commands import checks
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_commands_compose(script, machine, method, data):
         if cfg[option] is not None:
             assert cfg[option] == f"runs/{ladder.prefix}edm"
             cfg[option] = str(config.CONF_DIR)  # one that exists
-    training.validate(cfg)
+    checks.check("train", cfg)
     OmegaConf.to_container(cfg, resolve=True)
     assert cfg.run_name == f"{ladder.prefix}{method}"
     assert (cfg.network is None) == (method == "cd")

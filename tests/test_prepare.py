@@ -16,11 +16,11 @@ from PIL import Image
 
 from composing import composed
 from consistency import config
+from consistency.commands import checks
 from consistency.commands.prepare import prepare
 from consistency.commands.train import train
 from consistency.data.datasets import digits
 from consistency.data.module import ImageDataModule
-from consistency.validation import training
 
 SETS = sorted(path.stem for path in (config.CONF_DIR / "data").glob("*.yaml"))
 CLASSES = {"cifar10_jpeg": 10, "cifar10": 10, "imagenet64": 1000, "flowers64": 102, "digits": 10, "digits_tinted": 10}
@@ -192,7 +192,7 @@ def test_own_grey_folder_trains(folder, tmp_path):
             f"paths.output_dir={tmp_path / way}",
             f"paths.data_dir={tmp_path}",
         )
-        training.validate(cfg)
+        checks.check("train", cfg)
         train(cfg)
         states.append(torch.load(tmp_path / way / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     assert states[0]["denoiser.network.stem.weight"].shape[1] == 1

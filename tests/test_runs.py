@@ -13,25 +13,25 @@ from PIL import Image
 
 from composing import composed
 from consistency.checkpoints.native import load_model, save_denoiser
+from consistency.commands import checks
 from consistency.commands.sample import sample
 from consistency.commands.start import start
 from consistency.commands.train import train
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
-from consistency.validation import commands, training
 
 
 def run(folder, name, *overrides):
     """Train under outputs/NAME, as the command would."""
     cfg = composed("train", f"run_name={name}", f"paths.output_dir={folder / 'outputs' / name}", *overrides)
-    training.validate(cfg)
+    checks.check("train", cfg)
     return start(cfg, lambda: train(cfg))
 
 
 def draw(folder, ckpt, *overrides, out="images.png"):
     """Sample into the folder, as the command would."""
     cfg = composed("sample", f"ckpt={folder / 'outputs' / ckpt}", f"out={folder / out}", *overrides)
-    commands.validate_sample(cfg)
+    checks.check("sample", cfg)
     return sample(cfg)
 
 

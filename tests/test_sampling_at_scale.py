@@ -18,13 +18,12 @@ from PIL import Image
 from composing import composed
 from consistency.api import Model
 from consistency.checkpoints.native import load_denoiser, save_denoiser
-from consistency.commands import processes
+from consistency.commands import checks, processes
 from consistency.commands.image_parts import ImageParts
 from consistency.commands.sample import find_devices, sample, trajectory
 from consistency.data.image_files import image_grid, read_images
 from consistency.sampling.samplers import ConsistencySampler, OdeSampler, sample_dpm2, sample_heun
 from consistency.sampling.wrappers import guided, in_full_batches
-from consistency.validation import commands
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def options(ckpt, out, *more):
 
 def checked(*overrides):
     cfg = composed("sample", *overrides)
-    commands.validate_sample(cfg)
+    checks.check("sample", cfg)
     return cfg
 
 
@@ -122,8 +121,8 @@ def test_what_fails_in_a_process_is_the_error_of_the_command(ckpt, tmp_path):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_share_the_batches(ckpt, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["consistency.cli", "sample", *options(ckpt, "two.npz")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [Path(sys.executable).parent / "consistency-sample", *options(ckpt, "two.npz")]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert digests(tmp_path / "two.npz") == digests(draw(ckpt, tmp_path / "one.npz"))
 

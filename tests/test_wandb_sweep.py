@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from composing import composed
 from consistency import config
-from consistency.validation import training
+from consistency.commands import checks
 
 SWEEP = yaml.safe_load((config.EXPERIMENTS_DIR / "wandb_sweep.yaml").read_text())
 PARAMETERS = SWEEP["parameters"]
@@ -44,7 +44,7 @@ def test_every_value_makes_a_command_that_composes(drawn, monkeypatch):
     env, program, *overrides = command(drawn)
     assert (env, program) == ("/usr/bin/env", "consistency-train")
     cfg = composed("train", *overrides, "paths.output_dir=unused")
-    training.validate(cfg)
+    checks.check("train", cfg)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert (settings["run_name"], settings["logger"]["wandb"]["group"]) == ("trial-abc123", "sweep-xyz789")
     assert settings["trainer"]["max_steps"] * settings["data"]["batch_size"] >= 25600

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import config
+from consistency.commands.checks import check, check_teachers_settings, check_variants
 from consistency.commands.folder import RefusedError
+from consistency.commands.help import explained, help_page, refuse_unknown
 from consistency.commands.start import REFUSED, start
-from consistency.validation import commands, training
 
 
 def let_waiting_threads_sleep() -> None:
@@ -37,33 +38,7 @@ def let_waiting_threads_sleep() -> None:
 
 let_waiting_threads_sleep()
 config.register()
-# `--help` copies all stored configurations for each of 90 groups, which takes two seconds; our commands change none.
-ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
-_MAIN = {"config_path": str(config.CONF_DIR), "version_base": "1.3"}
 WRONG = 2  # exit code: an option or a file that was given is wrong; 1 is a failure at work
-
-
-def _exit_codes(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What does not compose ends with `WRONG`; Hydra itself ends with 1, and says in one line what was wrong."""
-
-    @wraps(command)
-    def wrapped(*args: Any) -> Any:
-        sys.argv[1:] = [_renamed(argument, command.__name__) for argument in sys.argv[1:]]
-        _refuse_null_groups(sys.argv[1:])
-        own = re.compile(r"\+*imports=|--config-dir|-cd\b|.*_target_=")
-        if any(own.match(argument) for argument in sys.argv[1:]) and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # last: a file of the user's must not take the place of a library
-        try:
-            return command(*args)
-        except SystemExit as end:
-            if isinstance(end.code, str):  # of a sweep that cannot be started as asked
-                print(end.code, file=sys.stderr)
-                sys.exit(WRONG)
-            if end.code == 1 and isinstance(end.__context__, HydraException | OmegaConfBaseException):
-                sys.exit(WRONG)
-            raise
-
-    return wrapped
 
 
 def _refuse_null_groups(arguments: list[str]) -> None:
@@ -108,155 +83,91 @@ def _renamed(argument: str, command: str = "train") -> str:
     return argument
 
 
-@_exit_codes
-@hydra.main(**_MAIN, config_name="train")
-def train(cfg: DictConfig) -> float | None:
-    """consistency-train: train a model, or continue its training."""
-
-    def job() -> float | None:
-        training.validate_variants(cfg, HydraConfig.get())
-        training.validate(cfg)
-        from consistency.commands.train import train
-
-        return train(cfg)
-
-    if cfg.estimate is True:
-        return _one_line_errors(cfg, lambda: _estimate(cfg))
-    return _one_line_errors(cfg, lambda: start(cfg, job))
+_FULL_ERROR, _USERS = "HYDRA_FULL_ERROR", "CONSISTENCY_FULL_ERROR"  # the second keeps what the user has set
 
 
-def _estimate(cfg: DictConfig) -> None:
-    training.validate_variants(cfg, HydraConfig.get())
-    training.validate(cfg)
-    from consistency.commands.estimate import estimate
-
-    estimate(cfg)
+def _wants_traceback() -> bool:
+    return os.environ.get(_USERS, os.environ.get(_FULL_ERROR, "0")) != "0"
 
 
-@_exit_codes
-@hydra.main(**_MAIN, config_name="sample")
-def sample(cfg: DictConfig) -> None:
-    """consistency-sample: images from a trained model."""
-
-    def job() -> None:
-        commands.validate_sample(cfg)
-        from consistency.commands.sample import sample
-
-        sample(cfg)
-
-    _one_line_errors(cfg, job)
+@contextmanager
+def _raising() -> Iterator[None]:
+    """While Hydra composes, it raises what is wrong instead of printing it: the line is then ours."""
+    os.environ[_USERS] = os.environ.get(_USERS, os.environ.get(_FULL_ERROR, "0"))
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        _restore_full_error()
 
 
-@_exit_codes
-@hydra.main(**_MAIN, config_name="edit")
-def edit(cfg: DictConfig) -> None:
-    """consistency-edit: zero-shot editing with a trained model."""
-
-    def job() -> None:
-        commands.validate_edit(cfg)
-        from consistency.commands.edit import edit
-
-        edit(cfg)
-
-    _one_line_errors(cfg, job)
+def _restore_full_error() -> None:
+    os.environ[_FULL_ERROR] = os.environ.pop(_USERS, os.environ.get(_FULL_ERROR, "0"))
 
 
-@_exit_codes
-@hydra.main(**_MAIN, config_name="prepare")
-def data(cfg: DictConfig) -> None:
-    """consistency-data: make a data set ready, and look at it."""
+def _command(name: str, run: str) -> Callable[[], Any]:
+    """The entry point `consistency-NAME`: what it is given is composed and checked, then `run` (module:function)."""
+    config_name = {"data": "prepare"}.get(name, name)
 
-    def job() -> None:
-        commands.validate_prepare(cfg)
-        from consistency.commands.prepare import prepare
+    @hydra.main(config_path=str(config.CONF_DIR), config_name=config_name, version_base="1.3")
+    def composed(cfg: DictConfig) -> Any:
+        _restore_full_error()
+        return _one_line_errors(cfg, lambda: _run(name, run, cfg))
 
-        prepare(cfg)
+    def command() -> Any:
+        sys.argv[1:] = [_renamed(argument, name) for argument in sys.argv[1:]]
+        arguments = sys.argv[1:]
+        _refuse_null_groups(arguments)
+        if {"--help", "-h"} & set(arguments):
+            print(help_page(name, config_name))
+            return None
+        own = re.compile(r"\+*imports=|--config-dir|-cd\b|.*_target_=")
+        if any(own.match(argument) for argument in arguments) and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # last: a file of the user's must not take the place of a library
+        try:
+            refuse_unknown(config_name, arguments)
+            with _raising():
+                return composed()
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            if _wants_traceback():
+                raise
+            print(f"consistency: {explained(config_name, error)}", file=sys.stderr)
+            sys.exit(WRONG)
+        except SystemExit as end:
+            if isinstance(end.code, str):  # of a sweep that cannot be started as asked
+                print(end.code, file=sys.stderr)
+                sys.exit(WRONG)
+            raise
 
-    _one_line_errors(cfg, job)
-
-
-@_exit_codes
-@hydra.main(**_MAIN, config_name="convert")
-def convert(cfg: DictConfig) -> None:
-    """consistency-convert: weights of other projects in."""
-
-    def job() -> None:
-        commands.validate_convert(cfg)
-        from consistency.commands.convert import convert
-
-        convert(cfg)
-
-    _one_line_errors(cfg, job)
-
-
-@_exit_codes
-@hydra.main(**_MAIN, config_name="export")
-def export(cfg: DictConfig) -> None:
-    """consistency-export: a trained model out."""
-
-    def job() -> None:
-        commands.validate_export(cfg)
-        from consistency.commands.convert import export
-
-        export(cfg)
-
-    _one_line_errors(cfg, job)
+    command.__name__ = command.__qualname__ = name
+    return command
 
 
-@_exit_codes
-@hydra.main(**_MAIN, config_name="evaluate")
-def evaluate(cfg: DictConfig) -> None:
-    """consistency-evaluate: scores of a model or of images."""
+def _run(name: str, run: str, cfg: DictConfig) -> Any:
+    """Check the options, then import what does the work."""
 
-    def job() -> None:
-        commands.validate_evaluate(cfg)
-        from consistency.commands.evaluate import evaluate
+    def job() -> Any:
+        if name == "train":
+            check_variants(cfg, HydraConfig.get())
+            check_teachers_settings(cfg, HydraConfig.get().overrides.task)
+        check(name, cfg)
+        is_estimate = name == "train" and cfg.estimate is True
+        module, function = ("commands.estimate:estimate" if is_estimate else run).split(":")
+        return getattr(import_module(f"consistency.{module}"), function)(cfg)
 
-        evaluate(cfg)
-
-    _one_line_errors(cfg, job)
-
-
-@_exit_codes
-@hydra.main(**_MAIN, config_name="app")
-def app(cfg: DictConfig) -> None:
-    """consistency-app: a page to play on."""
-
-    def job() -> None:
-        commands.validate_app(cfg)
-        from consistency.app.serve import app
-
-        app(cfg)
-
-    _one_line_errors(cfg, job)
+    return start(cfg, job) if name == "train" and cfg.estimate is not True else job()
 
 
-@_exit_codes
-@hydra.main(**_MAIN, config_name="search")
-def search(cfg: DictConfig) -> None:
-    """consistency-search: levels for sampling in a few steps."""
-
-    def job() -> None:
-        commands.validate_search(cfg)
-        from consistency.commands.search import search
-
-        search(cfg)
-
-    _one_line_errors(cfg, job)
-
-
-@_exit_codes
-@hydra.main(**_MAIN, config_name="curve")
-def curve(cfg: DictConfig) -> None:
-    """consistency-curve: scores against network evaluations."""
-
-    def job() -> None:
-        commands.validate_curve(cfg)
-        from consistency.commands.evaluate import curve
-
-        curve(cfg)
-
-    _one_line_errors(cfg, job)
+app = _command("app", "app.serve:app")
+convert = _command("convert", "commands.convert:convert")
+curve = _command("curve", "commands.evaluate:curve")
+data = _command("data", "commands.prepare:prepare")
+edit = _command("edit", "commands.edit:edit")
+evaluate = _command("evaluate", "commands.evaluate:evaluate")
+export = _command("export", "commands.convert:export")
+sample = _command("sample", "commands.sample:sample")
+search = _command("search", "commands.search:search")
+train = _command("train", "commands.train:train")
 
 
 def report() -> None:
@@ -275,13 +186,13 @@ def _one_line_errors(cfg: DictConfig, job: Callable[[], Any]) -> Any:
             import_modules(OmegaConf.to_container(cfg.imports) if OmegaConf.is_config(cfg.imports) else cfg.imports)
         return job()
     except KeyboardInterrupt:
-        if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        if HydraConfig.get().mode == RunMode.MULTIRUN or _wants_traceback():
             raise
         print("consistency: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FloatingPointError, InstantiationException, OmegaConfBaseException, OSError) as error:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # Hydra then goes on with the other jobs
-        if in_sweep or os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+        if in_sweep or _wants_traceback():
             raise
         # Hydra wraps what a constructor says; the cause is the line that was written for the user.
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error

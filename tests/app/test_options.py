@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
+from consistency.commands.checks import check
 from consistency.config import CONF_DIR
-from consistency.validation.commands import validate_app
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from consistency.validation.commands import validate_app
 def test_options_are_checked_before_torch_is_imported(option, value, words):
     cfg = OmegaConf.merge(OmegaConf.load(CONF_DIR / "app.yaml"), {"ckpt": "run", option: value})
     if words is None:
-        validate_app(cfg)
+        check("app", cfg)
         return
     with pytest.raises(ValueError, match="^" + words.replace(".", r"\.")):
-        validate_app(cfg)
+        check("app", cfg)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from consistency import config
 from consistency.checkpoints.edm import read_edm
 from consistency.checkpoints.native import load_denoiser
+from consistency.commands import checks
 from consistency.commands.convert import convert
 from consistency.models.table1 import IDDPM, VE, VP
 from consistency.ops import append_dims
-from consistency.validation import commands
 
 config.register()
 CLASSES = {"vp": "VPPrecond", "ve": "VEPrecond", "iddpm": "iDDPMPrecond"}
@@ -93,7 +93,7 @@ def converted(source, out, **options):
     overrides = [f"{key}={value}" for key, value in {"format": "edm", "source": source, "out": out, **options}.items()]
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("convert", overrides=overrides)
-    commands.validate_convert(cfg)
+    checks.check("convert", cfg)
     return load_denoiser(convert(cfg)).eval()
 
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from consistency import config
 from consistency.checkpoints.edm import read_edm
 from consistency.checkpoints.native import load_denoiser
+from consistency.commands import checks
 from consistency.commands.convert import export
 from consistency.commands.sample import DEFAULT_SAMPLERS, sample
 from consistency.commands.start import start
@@ -25,7 +26,6 @@ from consistency.noise import weightings
 from consistency.noise.grids import iddpm_levels, vp_sigma, vp_time
 from consistency.noise.levels import LogUniform, UniformIDDPMIndex, UniformVPTime
 from consistency.ops import append_dims
-from consistency.validation import commands, training
 
 config.register()
 CPU = torch.device("cpu")
@@ -328,19 +328,19 @@ def test_trains_exports_samples_and_teaches(tmp_path, monkeypatch, name):
         folder = tmp_path / "outputs" / run_name
         given = (f"run_name={run_name}", f"paths.output_dir={folder}", f"parametrization={name}", "trainer.max_steps=6")
         cfg = composed("train", *overrides, *given)
-        training.validate(cfg)
+        checks.check("train", cfg)
         start(cfg, lambda: train(cfg))
         return folder
 
     def draw(model, ckpt):
         sampler = DEFAULT_SAMPLERS[model.kind]
         cfg = composed("sample", f"ckpt={ckpt}", f"out={model.kind}.png", "num_samples=4", f"sampler={sampler}")
-        commands.validate_sample(cfg)
+        checks.check("sample", cfg)
         assert sample(cfg).exists()
 
     folder = run("teacher", "experiment=smoke_edm")
     cfg = composed("export", f"ckpt={folder}", "out=model")
-    commands.validate_export(cfg)
+    checks.check("export", cfg)
     export(cfg)
     denoiser = load_denoiser(tmp_path / "model")
     assert (denoiser.kind, denoiser.parametrization) == ("diffusion", OWN[name])

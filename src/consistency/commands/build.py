@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
@@ -46,7 +48,15 @@ def make_method(cfg: DictConfig) -> Method:
     Raises:
         ValueError: if it is none, or its network has no registered name: it could be trained, and never be loaded.
     """
-    method = instantiate(cfg.method, _convert_="object")
+    try:
+        method = instantiate(cfg.method, _convert_="object")
+    except InstantiationException as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
+        if not isinstance(error.__cause__, TypeError) or found is None:
+            raise
+        raise ValueError(
+            f"method: {error.__cause__}; leave it out with ~method.{found[1]}, or take **options and hand them on"
+        ) from None
     if not isinstance(method, Method):
         raise ValueError(f"method is a {type(method).__name__}; allowed: a subclass of consistency.Method")
     _ = method.denoiser.config

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def log_outputs(run_dir: Path) -> None:
-    """Log where the results are, and the command that samples from them."""
+def log_outputs(run_dir: Path, imports: Sequence[str] = ()) -> None:
+    """Log where the results are, and the command that samples from them, with the modules that it needs."""
     run_dir = Path(os.path.relpath(run_dir)) if run_dir.is_relative_to(Path.cwd()) else run_dir
     newest = {grid.name.rsplit("_", 1)[0]: grid for grid in sorted((run_dir / "samples").glob("*.png"))}
     log.info("run directory   %s", run_dir)
     for grid in newest.values():
         log.info("sample grid     %s", grid)
     log.info("exported model  %s", run_dir / MODEL_FOLDER)
-    ckpt = shlex.quote(f"ckpt={run_dir}")
-    log.info("sample from it  consistency-sample %s num_samples=100 seed=0 out=samples.png", ckpt)
+    needed = [f"ckpt={run_dir}", *([f"imports=[{','.join(imports)}]"] if imports else [])]
+    log.info("sample from it  consistency-sample %s num_samples=100 seed=0 out=samples.png", shlex.join(needed))

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.native import load_model
+from consistency.commands.checks import ending_of
 from consistency.commands.image_parts import ImageParts, claimed, finish_folder, finish_npz, is_finished_npz
 from consistency.commands.processes import (
     Job,
@@ -34,7 +35,6 @@ from consistency.models.execution import check_execution
 from consistency.ops import find_device
 from consistency.sampling.images import labels_of, recorded, sample_batches
 from consistency.sampling.wrappers import guided
-from consistency.validation.commands import ending_of
 
 log = logging.getLogger(__name__)
 

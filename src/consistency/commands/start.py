@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from consistency.commands.checks import check
 from consistency.commands.folder import (
     RefusedError,
     archive_run,
@@ -29,7 +30,6 @@ from consistency.commands.folder import (
 )
 from consistency.io.run_dir import locked
 from consistency.io.safe_load import read_yaml
-from consistency.validation.training import validate
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def start(cfg: DictConfig, job: Callable[[], float | None]) -> float | None:
                 raise RefusedError(
                     "overwrite=true is for one command, not for ranks that a scheduler starts; run_name=NAME"
                 )
-            validate(cfg)  # a wrong option must not set a good run aside
+            check("train", cfg)  # a wrong option must not set a good run aside
             archive_run(run_dir)
         if _is_done(cfg, run_dir):
             if (file := run_dir / "config.yaml").exists():
@@ -94,7 +94,7 @@ def _of_finished(cfg: DictConfig, run_dir: Path) -> float | None:
     advice = "overwrite=true trains it again, run_name=NAME trains another."
     log.info("%s is %s already; %s", run_dir, status["state"], advice)
     if status["state"] == "finished":
-        log_outputs(run_dir)
+        log_outputs(run_dir, cfg.imports)
     return objective_of(status, cfg.objective)
 
 

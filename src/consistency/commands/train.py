@@ -151,7 +151,7 @@ def _end(cfg: DictConfig, method: Method, callbacks: list[Any], run_dir: Path, s
         if of_search is not None:
             of_search.tell(facts["objective"])
         log.info("trained %s images in %.0f s", f"{facts['images_seen']:,}", facts["seconds"])
-        log_outputs(run_dir)
+        log_outputs(run_dir, cfg.imports)
     return facts["objective"]
 
 

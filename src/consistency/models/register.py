@@ -51,8 +51,9 @@ def register_network(name: str) -> Callable[[Class], Class]:
     It notes the arguments of each new network in its `config`, from which it is built again. They must be plain values.
 
     Raises:
-        ValueError: if another class has the name.
+        ValueError: if another class has the name, or none is given.
     """
+    _check_name("network", name)
 
     def register(cls: Class) -> Class:
         construct: Any = cls.__init__  # type: ignore[misc]
@@ -88,12 +89,19 @@ def register_parametrization(name: str) -> Callable[[Class], Class]:
         ValueError: if another class has the name, or it is no dataclass.
     """
 
+    _check_name("parametrization", name)
+
     def register(cls: Class) -> Class:
         if not is_dataclass(cls):
             raise ValueError(f"parametrization {name!r} is no dataclass; write @dataclass(frozen=True) below its name")
         return _register("parametrization", name, cls)
 
     return register
+
+
+def _check_name(kind: str, name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"register_{kind} needs a name: @register_{kind}('my_name')")
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
