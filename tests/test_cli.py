@@ -1,8 +1,6 @@
 """The commands as a user types them: subprocesses, in an empty folder."""
 
-import copy
 import csv
-import importlib
 import json
 import os
 import signal
@@ -13,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra.core.config_store import ConfigStore
 
+import forked
 from consistency import cli
 from consistency.checkpoints.native import save_denoiser
 
@@ -40,7 +38,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
         "trainer.accumulate_grad_batches=2",
         "callbacks.checkpoint.every_n_steps=1000",
     ]
-    said = command("consistency-train", *settings, "run_name=straight", cwd=tmp_path)
+    said = forked.command("train", *settings, "run_name=straight", cwd=tmp_path)
     assert "sample from it  consistency-sample ckpt=outputs/straight" in said
     process = subprocess.Popen(
         [BIN / "consistency-train", *settings, "run_name=stopped"],
@@ -57,7 +55,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     status = json.loads((tmp_path / "outputs/stopped/status.json").read_text())
     assert status["state"] == "interrupted"
     assert 30 <= status["step"] < 60
-    assert "continuing from" in command("consistency-train", *settings, "run_name=stopped", cwd=tmp_path)
+    assert "continuing from" in forked.command("train", *settings, "run_name=stopped", cwd=tmp_path)
 
     straight, stopped = (
         torch.load(tmp_path / f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)
@@ -73,7 +71,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     assert len(losses[0]) == 15
     assert losses[0] == losses[1]
 
-    said = command("consistency-sample", "ckpt=outputs/stopped", "num_samples=4", "out=few.png", cwd=tmp_path)
+    said = forked.command("sample", "ckpt=outputs/stopped", "num_samples=4", "out=few.png", cwd=tmp_path)
     assert "4 images" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "outputs"]
 
@@ -98,8 +96,8 @@ def assert_same(a, b):
             *(["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]), marks=pytest.mark.slow
         ),
         (["metric=nope"], ["nope", "pseudo_huber"]),
-        (["trainer.max_step=3"], ["max_step"]),
-        (["logger=null"], ["logger is null", "csv", "~logger"]),
+        pytest.param(["trainer.max_step=3"], ["max_step"], marks=pytest.mark.slow),
+        pytest.param(["logger=null"], ["logger is null", "csv", "~logger"], marks=pytest.mark.slow),
     ],
 )
 def test_configuration_errors_are_short(tmp_path, overrides, words):
@@ -157,6 +155,7 @@ def test_renamed_options_reach_the_run(tmp_path):
     assert settings["trainer"]["max_steps"] == 1500  # no recipe was named: the small one
 
 
+@pytest.mark.slow
 def test_number_of_steps_is_asked_for_where_no_recipe_says_it(tmp_path):
     said = command("consistency-train", "experiment=null", cwd=tmp_path, code=2)
     assert "trainer.max_steps" in said
@@ -219,13 +218,6 @@ def test_waiting_threads_sleep_on_a_busy_machine(monkeypatch, load, given, polic
     cli.let_waiting_threads_sleep()
     found = os.environ.pop("OMP_WAIT_POLICY", None)
     assert found == policy
-
-
-def test_help_copies_no_stored_configuration():
-    importlib.import_module("consistency.cli")
-    store = ConfigStore.instance()
-    assert copy.deepcopy(store) is store
-    assert store.load("hydra/config.yaml").node is not store.load("hydra/config.yaml").node
 
 
 @pytest.mark.slow

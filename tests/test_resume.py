@@ -188,14 +188,19 @@ def drop_network(name):
     ("action", "name"),
     [
         (drop_network("target"), "'target' .0 of"),
-        (drop_network("denoiser"), "'denoiser'"),
-        (drop("state_dict", "target.network.stem.weight"), "'target'"),
-        (drop("state_dict", "progress._extra_state"), "'progress'"),
-        (drop("optimizer_states"), r"'optimizer_states\[0\]'"),
         (lambda contents: contents["optimizer_states"][0]["state"].popitem(), r"'optimizer_states\[0\]'"),
         (drop("callbacks", "WeightEMA"), r"'callbacks\.WeightEMA'"),
-        (drop("callbacks", "TrainingLog"), r"'callbacks\.TrainingLog'"),
-        (drop("loops"), "'loops'"),
+        *(
+            pytest.param(action, name, marks=pytest.mark.slow)
+            for action, name in (
+                (drop_network("denoiser"), "'denoiser'"),
+                (drop("state_dict", "target.network.stem.weight"), "'target'"),
+                (drop("state_dict", "progress._extra_state"), "'progress'"),
+                (drop("optimizer_states"), r"'optimizer_states\[0\]'"),
+                (drop("callbacks", "TrainingLog"), r"'callbacks\.TrainingLog'"),
+                (drop("loops"), "'loops'"),
+            )
+        ),
     ],
 )
 def test_missing_part_is_named(broken, action, name):
