@@ -13,23 +13,23 @@ config.register()
 ROOTS = (config.CONF_DIR, config.EXPERIMENTS_DIR)
 
 
-def composed(name: str, *overrides: str) -> DictConfig:
-    """The configuration `name` under overrides.
+def composed(name: str, *overrides: str, hydra: bool = False) -> DictConfig:
+    """The configuration `name` under overrides, with `hydra` Hydra's own beside it.
 
     Composing takes half a second. Overrides that choose files are composed once and kept; those that only set values
     are set in a copy, as Hydra does it at the end of composing.
     """
     values = {override: parsed for override in overrides if (parsed := _value(override)) is not None}
-    cfg = copy.deepcopy(_kept(name, tuple(override for override in overrides if override not in values)))
+    cfg = copy.deepcopy(_kept(name, tuple(override for override in overrides if override not in values), hydra))
     for key, value in values.values():
         OmegaConf.update(cfg, key, value, merge=True)
     return cfg
 
 
 @cache
-def _kept(name: str, overrides: tuple[str, ...]) -> DictConfig:
+def _kept(name: str, overrides: tuple[str, ...], hydra: bool) -> DictConfig:
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        return compose(name, overrides=list(overrides), return_hydra_config=hydra)
 
 
 @cache

@@ -161,6 +161,17 @@ def fit(tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with finished runs of six steps, `outputs/smoke_edm` and `smoke_ict`; who changes one copies it."""
+    from running import SHORT, run
+
+    folder = tmp_path_factory.mktemp("trained")
+    for method in ("edm", "ict"):
+        run(folder, f"smoke_{method}", f"experiment=smoke_{method}", *SHORT)
+    return folder
+
+
 @pytest.fixture
 def golden():
     """Numbers made by running openai/consistency_models: (tensors, how they were made)."""

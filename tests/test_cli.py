@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import forked
 from consistency import cli
 from consistency.checkpoints.native import save_denoiser
 from consistency.commands.rules import RULES
@@ -39,7 +40,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
         "trainer.accumulate_grad_batches=2",
         "callbacks.checkpoint.every_n_steps=1000",
     ]
-    said = command("consistency-train", *settings, "run_name=straight", cwd=tmp_path)
+    said = forked.command("train", *settings, "run_name=straight", cwd=tmp_path)
     assert "sample from it  consistency-sample ckpt=outputs/straight" in said
     process = subprocess.Popen(
         [BIN / "consistency-train", *settings, "run_name=stopped"],
@@ -56,7 +57,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     status = json.loads((tmp_path / "outputs/stopped/status.json").read_text())
     assert status["state"] == "interrupted"
     assert 30 <= status["step"] < 60
-    assert "continuing from" in command("consistency-train", *settings, "run_name=stopped", cwd=tmp_path)
+    assert "continuing from" in forked.command("train", *settings, "run_name=stopped", cwd=tmp_path)
 
     straight, stopped = (
         torch.load(tmp_path / f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)
@@ -72,7 +73,7 @@ def test_interrupted_run_continues_to_the_same_weights(tmp_path):
     assert len(losses[0]) == 15
     assert losses[0] == losses[1]
 
-    said = command("consistency-sample", "ckpt=outputs/stopped", "num_samples=4", "out=few.png", cwd=tmp_path)
+    said = forked.command("sample", "ckpt=outputs/stopped", "num_samples=4", "out=few.png", cwd=tmp_path)
     assert "4 images" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "outputs"]
 
@@ -97,8 +98,8 @@ def assert_same(a, b):
             *(["metric=lpips", "metric.backbone=nowhere.pth"], ["consistency: ", "nowhere.pth"]), marks=pytest.mark.slow
         ),
         (["metric=nope"], ["nope", "pseudo_huber"]),
-        (["trainer.max_step=3"], ["max_step"]),
-        (["logger=null"], ["logger is null", "csv", "~logger"]),
+        pytest.param(["trainer.max_step=3"], ["max_step"], marks=pytest.mark.slow),
+        pytest.param(["logger=null"], ["logger is null", "csv", "~logger"], marks=pytest.mark.slow),
     ],
 )
 def test_configuration_errors_are_short(tmp_path, overrides, words):
@@ -156,6 +157,7 @@ def test_renamed_options_reach_the_run(tmp_path):
     assert settings["trainer"]["max_steps"] == 1500  # no recipe was named: the small one
 
 
+@pytest.mark.slow
 def test_number_of_steps_is_asked_for_where_no_recipe_says_it(tmp_path):
     said = command("consistency-train", "experiment=null", cwd=tmp_path, code=2)
     assert "trainer.max_steps" in said

@@ -1,8 +1,6 @@
 """Model folders and interrupted runs of version 0.1 (commit 86dd1ae) are loaded, sampled and continued."""
 
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from consistency import load
 from consistency.checkpoints.native import load_model
 from consistency.commands.folder import status_of
+from forked import command
 
 OLD = Path(__file__).parent / "data" / "version_0_1"
 KINDS = {"edm": "diffusion", "flow": "diffusion", "edm_250": "diffusion"}
@@ -50,9 +49,7 @@ def test_an_interrupted_run_goes_on(name, tmp_path):
     rows = (run / "metrics.csv").read_text().splitlines()
     own = [] if name == "cd" else ["network.channels=4"]
     quiet = ("trainer.accelerator=cpu", "callbacks.sample_grid=null", "callbacks.progress=null", f"run_name={name}")
-    command = [Path(sys.executable).parent / "consistency-train", *quiet, *RUNS[name], *own]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command("train", *quiet, *RUNS[name], *own, cwd=tmp_path)
     status = status_of(run)
     assert (status["state"], status["step"], status["images_seen"]) == ("finished", 24, 384)
     assert (run / "metrics.csv").read_text().splitlines()[: len(rows)] == rows

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -16,24 +15,30 @@ import composing
 from consistency import config, save_denoiser
 from consistency.commands import checks
 from consistency.commands.build import make_method
+from consistency.data.module import ImageDataModule
+from consistency.methods.base import Random
 from consistency.models.parametrization import EDM, Flow
 from consistency.models.unet import UNet
 
 config.register()
 
+
+def files_of(group):
+    return sorted(path.stem for path in (config.CONF_DIR / group).glob("*.yaml"))
+
+
 ALL_RECIPES = sorted(path.stem for path in (config.EXPERIMENTS_DIR / "experiment").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.startswith(("digits", "photos", "smoke"))]
 PUBLISHED = [name for name in ALL_RECIPES if name not in RECIPES]
-NETWORKS = sorted(path.stem for path in (config.CONF_DIR / "network").glob("*.yaml"))
-GROUPS = {
-    group: sorted(path.stem for path in (config.CONF_DIR / group).glob("*.yaml"))
-    for group in (
-        *("metric", "weighting", "optimizer", "curriculum", "levels", "model", "parametrization"),
-        *("logger", "strategy", "precision", "debug"),
-        *("network", "data", "hydra/launcher", "hydra/sweeper"),
-    )
-}
-CHOICES = [(group, option) for group, options in GROUPS.items() for option in options]
+NETWORKS = files_of("network")
+OF_THE_METHOD = ("parametrization", "levels", "weighting", "metric", "curriculum")
+# Chosen side by side, so that few compositions hold every file of every group once.
+OF_THE_RUN = ("data", "optimizer", "logger", "strategy", "precision", "hydra/launcher", "hydra/sweeper")
+
+
+def slow_but_for(names, *fast):
+    """Every name; a test of `fast` ones tells that the installation is sound, of the others that each file is."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_there_are_recipes_for_all_methods():
     } <= set(RECIPES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", slow_but_for(RECIPES, *(name for name in RECIPES if "photos" not in name)))
 def test_recipe_builds(recipe, tmp_path, teacher_folder):
     cfg = composed(f"experiment={recipe}")
     for option in ("teacher", "init_from"):
@@ -99,29 +104,6 @@ def on_meta(recipe):
         cfg.metric = {"_target_": "consistency.methods.metrics.l2", "_partial_": True}  # LPIPS needs a file
     with torch.device("meta"):
         return cfg, instantiate(cfg.method, _convert_="object")
-
-
-@pytest.mark.parametrize("recipe", PUBLISHED)
-def test_published_recipe_builds_on_the_meta_device(recipe, monkeypatch):
-    if recipe.endswith("_cd"):
-        teacher = on_meta(recipe.replace("_cd", "_edm"))[1].denoiser
-        monkeypatch.setattr("consistency.checkpoints.native.load_denoiser", lambda source: teacher)
-    cfg, method = on_meta(recipe)
-    cfg = cfg.copy()
-    for option in ("teacher", "init_from"):
-        if cfg[option] is not None:
-            cfg[option] = str(config.CONF_DIR)  # one that exists
-    checks.check("train", cfg)
-    parameters = list(method.denoiser.parameters())
-    assert all(parameter.is_meta for parameter in parameters)
-    assert 50e6 < sum(parameter.numel() for parameter in parameters) < 600e6
-    assert method.denoiser.image_shape == (cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
-    assert all(callback is None or instantiate(callback, _convert_="object") for callback in cfg.callbacks.values())
-    optimizer = method.configure_optimizers()["optimizer"]
-    assert optimizer.defaults["lr"] == cfg.optimizer.lr
-    assert instantiate(cfg.data, _convert_="object").batch_size == cfg.data.batch_size
-    for sampler in cfg.samplers.values():
-        assert callable(instantiate(sampler, _convert_="object"))
 
 
 # What the papers say (EDM, App. F; CM, Table 3; iCT, Table 1, App. B; ECT): parameters, batch, steps, rate, EMA a step.
@@ -161,8 +143,8 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED)
-def test_published_numbers(recipe, monkeypatch):
+@pytest.mark.parametrize("recipe", slow_but_for(PUBLISHED, "cifar10_cd", "cifar10_ict"))
+def test_published_recipe_has_the_numbers_of_its_paper(recipe, monkeypatch):
     if recipe.endswith("_cd"):
         teacher = on_meta(recipe.replace("_cd", "_edm"))[1].denoiser
         monkeypatch.setattr("consistency.checkpoints.native.load_denoiser", lambda source: teacher)
@@ -176,61 +158,107 @@ def test_published_numbers(recipe, monkeypatch):
         first, last, mu = SCHEDULES[recipe]
         assert (method.levels.num_levels(0), method.levels.num_levels(steps - 1)) == (first, last)
         assert (method.target_decay and method.target_decay(0)) == (mu and pytest.approx(mu))
+    cfg = cfg.copy()
+    for option in ("teacher", "init_from"):
+        if cfg[option] is not None:
+            cfg[option] = str(config.CONF_DIR)  # one that exists
+    checks.check("train", cfg)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_network_trains_at_reduced_width(network, fit):
-    cfg = composed("method=edm", f"network={network}", "optimizer=adam")
+def settings_of(network):
+    """A network's settings under EDM, at reduced width; larger networks that differ only there are the same."""
+    cfg = composed("method=edm", "optimizer=adam")
+    cfg.network = composing.composed(f"network/{network}").network  # the file by itself: a third of the time
     small = {"image_size": 32, "in_channels": 3, "num_classes": 4}
     if "hidden_size" in cfg.network:  # DiT
         small |= {"hidden_size": 24, "depth": 2, "num_heads": 2}
     else:
         small |= {"channels": 32, "num_blocks": 1, "attention_resolutions": [8]}
         small |= {"head_channels": 16} if cfg.network.head_channels else {}
-    cfg.method.denoiser.network = {**cfg.network, **small}
-    method = instantiate(cfg.method, _convert_="object")
-    with torch.no_grad():  # fresh last layers are zero, and hide what lies before them from the gradient
-        for parameter in method.denoiser.parameters():
-            parameter.normal_(std=0.05)
-    before = {name: value.detach().clone() for name, value in method.denoiser.named_parameters()}
-    fit(method, batch_size=4, labels=torch.tensor([0, 1, 2, 3]))
-    assert [name for name, value in method.denoiser.named_parameters() if torch.equal(value, before[name])] == []
-
-
-def with_option(group, option):
-    """The option and a method that it goes with: ECT's curriculum with its own levels, those of Table 1 of EDM with
-    their parametrization."""
-    if (group, option) == ("curriculum", "ect"):
-        return ["method=ect", "curriculum=ect"]
-    if option in ("vp", "ve", "iddpm"):
-        return ["method=edm", *{f"parametrization={option}", f"{group}={option}"}]
-    return ["method=ict", f"{group}={option}"]
-
-
-@pytest.mark.parametrize(("group", "option"), CHOICES)
-def test_option_composes(group, option):
-    cfg = composed(*with_option(group, option))
     OmegaConf.to_container(cfg, resolve=True)
+    cfg.network = {**cfg.network, **small}
+    return cfg
 
 
-OF_THE_METHOD = ("metric", "weighting", "levels", "parametrization", "curriculum")
+def test_networks_train_at_reduced_width():
+    different = {str(OmegaConf.to_container(cfg.network)): cfg for cfg in map(settings_of, NETWORKS)}
+    assert len(different) > 7
+    for network, cfg in different.items():
+        method = instantiate(cfg.method, _convert_="object")
+        with torch.no_grad():  # fresh last layers are zero, and hide what lies before them from the gradient
+            for parameter in method.denoiser.parameters():
+                parameter.normal_(std=0.05)
+        step = method.step(torch.rand(2, 3, 32, 32) * 2 - 1, torch.tensor([0, 3]), 0, Random())
+        step.loss.mean().backward()
+        still = [name for name, p in method.denoiser.named_parameters() if p.grad is None or not p.grad.any()]
+        assert still == [], network
 
 
-@pytest.mark.parametrize(
-    ("group", "option"),
-    # LPIPS needs a file: tests/methods/test_lpips.py.
-    [c for c in CHOICES if c[0] in OF_THE_METHOD and c[1] != "lpips"],
-)
-def test_option_instantiates(group, option):
-    instantiate(composed(*with_option(group, option))[group], _convert_="object")
+def choices_of_the_method():
+    """Options of the groups that a method's parts come from, with a method that they go with; each comes once."""
+    own = [name for name in files_of("parametrization") if name != "consistency"]
+    for name in own:  # what the parametrization is trained with has its name
+        yield ["method=edm", *(f"{group}={name}" for group in ("parametrization", "model", "levels", "weighting"))]
+    rest = {group: [name for name in files_of(group) if name not in own] for group in OF_THE_METHOD}
+    pairs = [name for name in rest["levels"] if name.endswith("_index")]
+    yield ["method=ect", "levels=ratio", "curriculum=ect"]
+    for levels in set(rest["levels"]) - {"ratio", *pairs}:
+        yield ["method=edm", f"levels={levels}"]
+    rest |= {"levels": pairs, "curriculum": [name for name in rest["curriculum"] if name != "ect"]}
+    for chosen in side_by_side(rest):
+        yield ["experiment=digits_ict", "model=consistency", *chosen]
 
 
-@pytest.mark.parametrize("curriculum", [name for name in GROUPS["curriculum"] if name != "ect"])
-def test_every_curriculum_goes_with_the_main_recipe(curriculum):
-    cfg = composed("experiment=digits_ict", f"curriculum={curriculum}")
+def side_by_side(groups):
+    """Lists of overrides, as many as the longest group has options."""
+    for index in range(max(map(len, groups.values()))):
+        yield [f"{group}={options[min(index, len(options) - 1)]}" for group, options in groups.items()]
+
+
+OF_METHODS = sorted(choices_of_the_method())
+OF_RUNS = [
+    *side_by_side({group: files_of(group) for group in OF_THE_RUN}),
+    *([f"debug={n}"] for n in files_of("debug")),
+]
+
+
+def test_every_option_is_tried():
+    tried = {override for overrides in (*OF_METHODS, *OF_RUNS) for override in overrides}
+    groups = (*OF_THE_METHOD, *OF_THE_RUN, "model", "debug")
+    assert {f"{group}={name}" for group in groups for name in files_of(group)} <= tried
+
+
+@pytest.mark.parametrize("overrides", OF_METHODS, ids=" ".join)
+def test_options_of_the_method_instantiate(overrides):
+    cfg = composed(*overrides)
+    OmegaConf.to_container(cfg, resolve=True)
+    for group in OF_THE_METHOD:
+        if f"{group}=" in " ".join(overrides) and "metric=lpips" not in overrides:  # a file: methods/test_lpips.py
+            instantiate(cfg[group], _convert_="object")
+
+
+@pytest.mark.parametrize("overrides", OF_RUNS, ids=" ".join)
+def test_options_of_a_run_compose(overrides):
+    cfg = composed(*overrides)
+    OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(instantiate(cfg.data, _convert_="object"), ImageDataModule)
+
+
+@pytest.mark.parametrize("overrides", [o for o in OF_METHODS if "experiment=digits_ict" in o], ids=" ".join)
+def test_every_curriculum_goes_with_the_main_recipe(overrides):
+    cfg = composed(*overrides)
     checks.check("train", cfg)
     levels = instantiate(cfg.levels, _convert_="object")
-    assert levels.num_levels(cfg.trainer.max_steps) == (18 if curriculum == "fixed" else 161)
+    # All shapes of N(k) end at the same number of levels, in the last step or after it.
+    end = 18 if "curriculum=fixed" in overrides else 161
+    assert levels.num_levels(cfg.trainer.max_steps) == end
+    assert levels.num_levels(cfg.trainer.max_steps - 1) == pytest.approx(end, abs=1)
+    assert (cfg.curriculum.target_decay is None) == ({"curriculum=ct", "curriculum=fixed"}.isdisjoint(overrides))
+
+
+def test_constant_curriculum_is_constant():
+    levels = instantiate(composed("trainer.max_steps=400_000", "curriculum=constant").curriculum.num_levels)
+    assert {levels(step) for step in (0, 1, 1000, 399_999)} == {1281}
 
 
 @pytest.mark.parametrize("method", ["edm", "flow", "ct", "ict", "ect"])
@@ -240,15 +268,13 @@ def test_method_alone_builds(method):
 
 
 def test_without_arguments_the_small_recipe_is_trained():
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        bare, named = (compose("train", overrides=[*more, "run_name=x"]) for more in ([], ["experiment=digits_ict"]))
+    bare, named = (composing.composed("train", *more, "run_name=x") for more in ([], ["experiment=digits_ict"]))
     assert bare == named
     assert (bare.trainer.max_steps, bare.data.num_classes) == (1500, 10)
 
 
 def test_without_a_recipe_the_number_of_steps_is_asked_for():
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=["~experiment", "run_name=x", "paths.output_dir=unused"])
+    cfg = composing.composed("train", "~experiment", "run_name=x", "paths.output_dir=unused")
     with pytest.raises((ValueError, MissingMandatoryValue), match=r"trainer\.max_steps") as caught:
         checks.check("train", cfg)
     assert OmegaConf.is_missing(cfg.trainer, "max_steps")
@@ -287,7 +313,7 @@ def test_settings_of_data_and_model_reach_what_takes_them(method, kind, boundary
         assert made.weighting.keywords == {"sigma_data": 0.6}
 
 
-@pytest.mark.parametrize("sampler", sorted(path.stem for path in (config.CONF_DIR / "sampler").glob("*.yaml")))
+@pytest.mark.parametrize("sampler", files_of("sampler"))
 def test_sampler_instantiates(sampler):
     instantiate(composed(f"sampler={sampler}", "ckpt=x", name="sample").sampler, _convert_="object")
 

@@ -12,8 +12,8 @@ import torch
 
 from consistency.checkpoints.native import load_model, read_checkpoint
 from consistency.commands.folder import RefusedError
+from running import run
 from test_resume import stopped
-from test_runs import run
 
 pytestmark = pytest.mark.slow
 SPY = '''

@@ -5,19 +5,17 @@ Through the commands, in processes of their own, from a folder that only the use
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import forked
 from consistency import load, load_denoiser
 from consistency.models.register import import_modules
 
 pytestmark = pytest.mark.slow
 
-BIN = Path(sys.executable).parent
 THEIRS = Path(__file__).parent / "data" / "extension"
 TRAIN = ("--config-dir", "my_conf", "experiment=null", "method=mine", "network=mine", "data=stripes")
 TRAIN += (
@@ -44,9 +42,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, name, *arguments, code=0):
-    done = subprocess.run([BIN / f"consistency-{name}", *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr + done.stdout
-    return done.stdout + done.stderr
+    return forked.command(name, *arguments, cwd=folder, code=code)
 
 
 def test_what_is_trained_is_the_users_own(folder):

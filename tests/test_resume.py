@@ -14,7 +14,7 @@ from consistency.commands.folder import RefusedError
 from consistency.commands.start import start
 from consistency.data.module import ImageDataModule
 from consistency.training.randomness import StepSeeds
-from test_runs import run
+from running import run
 
 # Six steps of 32 over 100 images: the data begins its second pass in step 4.
 COMMON = ("+data.dataset.limit=100", "data.batch_size=32", "trainer.max_steps=6", "callbacks.log.every_n_steps=1")
@@ -22,10 +22,8 @@ COMMON += ("network.dropout=0.2", "callbacks.weight_ema.decays=[0.9]", "callback
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    run(folder, "edm", "experiment=smoke_edm", "trainer.max_steps=2")
-    return folder / "outputs/edm"
+def teacher(trained):
+    return trained / "outputs/smoke_edm"
 
 
 def overrides_of(method, teacher):
@@ -76,10 +74,10 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("edm", "ct", "ect")]
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("edm", "cd", "ict", "ect")]
 
 
-@pytest.mark.parametrize("method", ["cd", "ict", *SLOW])
+@pytest.mark.parametrize("method", ["ct", *SLOW])
 def test_stopped_and_continued_is_the_straight_run(tmp_path, monkeypatch, teacher, method):
     """In the middle of a pass over the data, with accumulation, a loader process, dropout, two averages."""
     more = ("trainer.accumulate_grad_batches=2", "data.num_workers=1")
@@ -129,7 +127,7 @@ def broken(half_way, tmp_path):
 
 
 def go_on(folder, *more):
-    run(folder, "run", *overrides_of("ct", None), "callbacks.checkpoint.every_n_steps=1", *more)
+    run(folder, "run", *overrides_of("ct", None), *more)
     return last(folder, "run")["state_dict"]["progress._extra_state"]
 
 
@@ -140,7 +138,7 @@ def test_two_are_kept(broken):
     assert [step["state_dict"]["progress._extra_state"]["step"] for step in steps] == [3, 4]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+@pytest.mark.parametrize("damage", ["flip", *(pytest.param(x, marks=pytest.mark.slow) for x in ("cut", "empty"))])
 def test_damaged_file_falls_back_to_the_one_before(broken, caplog, damage):
     folder, path, _ = broken
     data = bytearray(path.read_bytes())
@@ -148,7 +146,7 @@ def test_damaged_file_falls_back_to_the_one_before(broken, caplog, damage):
         data[len(data) // 2] ^= 1
     path.write_bytes({"flip": data, "cut": data[:-100], "empty": b""}[damage])
     whole = path.with_name("previous.ckpt").read_bytes()
-    assert go_on(folder)["step"] == 6
+    assert go_on(folder, "callbacks.checkpoint.every_n_steps=1")["step"] == 6
     assert "going on from the one before it, at step 3" in caplog.text
     assert path.with_name("damaged.ckpt").read_bytes() == {"flip": data, "cut": data[:-100], "empty": b""}[damage]
     assert whole != path.with_name("previous.ckpt").read_bytes()
@@ -190,14 +188,19 @@ def drop_network(name):
     ("action", "name"),
     [
         (drop_network("target"), "'target' .0 of"),
-        (drop_network("denoiser"), "'denoiser'"),
-        (drop("state_dict", "target.network.stem.weight"), "'target'"),
-        (drop("state_dict", "progress._extra_state"), "'progress'"),
-        (drop("optimizer_states"), r"'optimizer_states\[0\]'"),
         (lambda contents: contents["optimizer_states"][0]["state"].popitem(), r"'optimizer_states\[0\]'"),
         (drop("callbacks", "WeightEMA"), r"'callbacks\.WeightEMA'"),
-        (drop("callbacks", "TrainingLog"), r"'callbacks\.TrainingLog'"),
-        (drop("loops"), "'loops'"),
+        *(
+            pytest.param(action, name, marks=pytest.mark.slow)
+            for action, name in (
+                (drop_network("denoiser"), "'denoiser'"),
+                (drop("state_dict", "target.network.stem.weight"), "'target'"),
+                (drop("state_dict", "progress._extra_state"), "'progress'"),
+                (drop("optimizer_states"), r"'optimizer_states\[0\]'"),
+                (drop("callbacks", "TrainingLog"), r"'callbacks\.TrainingLog'"),
+                (drop("loops"), "'loops'"),
+            )
+        ),
     ],
 )
 def test_missing_part_is_named(broken, action, name):

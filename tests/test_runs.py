@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,17 +16,9 @@ from composing import composed
 from consistency.checkpoints.native import load_model, save_denoiser
 from consistency.commands import checks
 from consistency.commands.sample import sample
-from consistency.commands.start import start
-from consistency.commands.train import train
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
-
-
-def run(folder, name, *overrides):
-    """Train under outputs/NAME, as the command would."""
-    cfg = composed("train", f"run_name={name}", f"paths.output_dir={folder / 'outputs' / name}", *overrides)
-    checks.check("train", cfg)
-    return start(cfg, lambda: train(cfg))
+from running import SHORT, run
 
 
 def draw(folder, ckpt, *overrides, out="images.png"):
@@ -36,12 +29,19 @@ def draw(folder, ckpt, *overrides, out="images.png"):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(trained, tmp_path_factory):
     """A folder with an EDM and an iCT run."""
     folder = tmp_path_factory.mktemp("user")
-    for method in ("edm", "ict"):
-        run(folder, f"smoke_{method}", f"experiment=smoke_{method}")
+    shutil.copytree(trained / "outputs", folder / "outputs")
     return folder
+
+
+ICT = ("experiment=smoke_ict", *SHORT)  # the run of the folder
+
+
+def copy_of_ict(folder, new):
+    shutil.copytree(folder / "outputs/smoke_ict", new)
+    return new
 
 
 def test_run_directory(folder):
@@ -50,26 +50,26 @@ def test_run_directory(folder):
     assert {"config.yaml", "status.json", "metrics.csv", "checkpoints", "model", "samples"} <= names
     assert json.loads((directory / "status.json").read_text())["state"] == "finished"
     assert {path.name for path in (directory / "samples").iterdir()} == {
-        "onestep_000000384.png",
-        "twostep_000000384.png",
+        "onestep_000000096.png",
+        "twostep_000000096.png",
     }
-    assert Image.open(directory / "samples" / "onestep_000000384.png").size == (70, 70)
+    assert Image.open(directory / "samples" / "onestep_000000096.png").size == (70, 70)
     assert not [path for path in directory.rglob("*") if "partial" in path.name]
 
 
 def test_metrics_of_a_run(folder):
     with (folder / "outputs/smoke_ict/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 20, 24]
-    assert [int(row["images_seen"]) for row in rows] == [64, 128, 192, 256, 320, 384]
-    # 24 steps in K' = 4 each: the row of step 4 holds the last step of the first stage.
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [int(row["images_seen"]) for row in rows] == [16, 32, 48, 64, 80, 96]
+    # Six steps in stages of K' = 1: N doubles in each until it is s1 + 1.
     assert [float(row["num_levels"]) for row in rows] == [11, 21, 41, 81, 161, 161]
     assert all(float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
 
 
 def test_checkpoint_opens_without_executing_anything(folder):
     checkpoint = torch.load(folder / "outputs/smoke_ict/checkpoints/last.ckpt", weights_only=True)
-    progress = {"step": 24, "images_seen": 384, "schedule_step": 24, "batch_size": 16, "first_batch_size": 16}
+    progress = {"step": 6, "images_seen": 96, "schedule_step": 6, "batch_size": 16, "first_batch_size": 16}
     assert checkpoint["state_dict"]["progress._extra_state"] == progress
     assert "ConsistencyTraining" in checkpoint["consistency"]["config"]
 
@@ -77,7 +77,7 @@ def test_checkpoint_opens_without_executing_anything(folder):
 def test_exported_model_holds_the_first_average(folder):
     exported, info = load_model(folder / "outputs/smoke_ict")
     assert info["weights"] == "ema0.999"
-    assert info["images_seen"] == 384
+    assert info["images_seen"] == 96
     same, _ = load_model(folder / "outputs/smoke_ict", "ema0.999")
     raw, _ = load_model(folder / "outputs/smoke_ict", "raw")
     assert torch.equal(exported.network.stem.weight, same.network.stem.weight)
@@ -88,13 +88,13 @@ def test_finished_run_stays_as_it_is(folder, caplog):
     model = folder / "outputs/smoke_ict/model/model.safetensors"
     before = model.stat().st_mtime_ns
     with caplog.at_level("INFO"):
-        again = run(folder, "smoke_ict", "experiment=smoke_ict")
+        again = run(folder, "smoke_ict", *ICT)
     assert again == json.loads((folder / "outputs/smoke_ict/status.json").read_text())["scores"]["loss"]
     assert "finished already" in caplog.text
     assert model.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("method", "option"), [("cd", "teacher"), ("ect", "init_from"), ("ct", "init_from")])
+@pytest.mark.parametrize(("method", "option"), [("cd", "teacher"), ("ect", "init_from")])
 def test_methods_that_start_from_a_diffusion_model(folder, method, option):
     start = folder / "outputs/smoke_edm"
     run(
@@ -102,12 +102,12 @@ def test_methods_that_start_from_a_diffusion_model(folder, method, option):
         f"smoke_{method}",
         f"experiment=smoke_{method}",
         f"{option}={start}",
-        "trainer.max_steps=2",
+        "trainer.max_steps=1",
         "optimizer.lr=1e-12",
     )
     first, _ = load_model(start)
     trained, info = load_model(folder / f"outputs/smoke_{method}", "raw")
-    assert info["images_seen"] == 32
+    assert info["images_seen"] == 16
     # With a learning rate of nothing the weights are still the averaged ones of the diffusion model.
     torch.testing.assert_close(trained.network.state_dict(), first.network.state_dict(), rtol=0, atol=1e-6)
 
@@ -144,7 +144,7 @@ def test_distillation_takes_what_its_teacher_has(folder, tmp_path):
     settings = load_model(folder / "outputs/smoke_edm")[0].config
     settings["parametrization"]["arguments"]["noise_scale"] = 250.0
     teacher = save_denoiser(Denoiser.from_config(settings), tmp_path / "teacher", {"weights": "raw"})
-    run(tmp_path, "cd", "experiment=smoke_cd", f"teacher={teacher}", "trainer.max_steps=2")
+    run(tmp_path, "cd", "experiment=smoke_cd", f"teacher={teacher}", "trainer.max_steps=1")
     student, info = load_model(tmp_path / "outputs/cd")
     assert info["method"] == "ConsistencyDistillation"
     assert student.kind == "consistency"
@@ -172,50 +172,40 @@ def test_start_from_another_network_names_the_options(folder):
 
 
 def test_other_data_under_the_same_name_are_refused(folder, tmp_path):
-    overrides = ["experiment=smoke_ict", "callbacks.checkpoint.every_n_steps=1"]
-    run(tmp_path, "mine", *overrides, "trainer.max_steps=2")
-    directory = tmp_path / "outputs/mine"
+    directory = copy_of_ict(folder, tmp_path / "outputs/mine")
     (directory / "status.json").write_text("{}")  # as if it had been stopped
     checkpoint = torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
     checkpoint["consistency"]["data"]["images"] = 7
     torch.save(checkpoint, directory / "checkpoints/last.ckpt")
     with pytest.raises(ValueError, match="trained on other data \\(7 images then, "):
-        run(tmp_path, "mine", *overrides, "trainer.max_steps=2")
+        run(tmp_path, "mine", *ICT)
 
 
 def test_other_settings_under_the_same_name_are_refused(folder):
     with pytest.raises(ValueError, match="seed: 0 -> 5") as caught:
-        run(folder, "smoke_ict", "experiment=smoke_ict", "seed=5")
+        run(folder, "smoke_ict", *ICT, "seed=5")
     assert "overwrite=true" in str(caught.value)
 
 
 def test_overwrite_sets_the_old_run_aside(folder):
-    for steps in (2, 3):
-        run(folder, "twice", "experiment=smoke_ict", f"trainer.max_steps={steps}", f"overwrite={steps == 3}")
-    directory = folder / "outputs/twice"
-    assert json.loads((directory / "status.json").read_text())["step"] == 3
-    assert json.loads((directory / "previous/1/status.json").read_text())["step"] == 2
+    directory = copy_of_ict(folder, folder / "outputs/twice")
+    run(folder, "twice", "experiment=smoke_ict", "trainer.max_steps=1", "overwrite=true")
+    assert json.loads((directory / "status.json").read_text())["step"] == 1
+    assert json.loads((directory / "previous/1/status.json").read_text())["step"] == 6
     assert (directory / "previous/1/model/model.safetensors").exists()
 
 
-def test_same_seed_same_weights_other_seed_other_weights(folder):
-    settings = ("experiment=smoke_ict", "trainer.max_steps=3")
-    for name, seed in (("seed0", 0), ("seed0again", 0), ("seed1", 1)):
-        run(folder, name, *settings, f"seed={seed}")
-    a, b, c = (
-        load_model(folder / f"outputs/{name}")[0].network.stem.weight for name in ("seed0", "seed0again", "seed1")
-    )
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-
-
-def test_sampling_during_training_does_not_change_it(folder):
-    settings = ("experiment=smoke_ict", "trainer.max_steps=4", "network.dropout=0.2")
-    run(folder, "without", *settings, "callbacks.sample_grid=null")
-    run(folder, "with", *settings, "callbacks.sample_grid.every_n_images=16")
-    a, b = (load_model(folder / f"outputs/{name}", "raw")[0].state_dict() for name in ("without", "with"))
-    assert len(list((folder / "outputs/with/samples").glob("onestep_*"))) == 4
+def test_same_seed_same_weights_however_often_it_is_sampled(folder):
+    run(folder, "again", *ICT, "callbacks.sample_grid.every_n_images=16")
+    a, b = (load_model(folder / f"outputs/{name}", "raw")[0].state_dict() for name in ("smoke_ict", "again"))
+    assert len(list((folder / "outputs/again/samples").glob("onestep_*"))) == 6
     assert all(torch.equal(a[key], b[key]) for key in a if key != "_extra_state")
+
+
+def test_other_seed_other_weights(folder):
+    run(folder, "seed1", *ICT, "seed=1", "callbacks.sample_grid=null")
+    a, b = (load_model(folder / f"outputs/{name}")[0].network.stem.weight for name in ("smoke_ict", "seed1"))
+    assert not torch.equal(a, b)
 
 
 def test_wrong_sigma_data_is_warned_about(folder, caplog):
@@ -238,7 +228,7 @@ def test_labels_of_samples(folder):
 
 
 def test_unconditional_run(folder):
-    run(folder, "unconditional", "experiment=smoke_ict", "network.num_classes=0", "trainer.max_steps=2")
+    run(folder, "unconditional", "experiment=smoke_ict", "network.num_classes=0", "trainer.max_steps=1")
     assert np.load(draw(folder, "unconditional", "num_samples=2", out="none.npz")).files == ["arr_0"]
     with pytest.raises(ValueError, match="unconditional"):
         draw(folder, "unconditional", "labels=3")
@@ -250,7 +240,7 @@ def test_loggers_of_the_extras(folder, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for logger in ("tensorboard", "wandb", "none"):
         offline = ["logger.wandb.offline=true"] if logger == "wandb" else []
-        run(folder, logger, "experiment=smoke_ict", "trainer.max_steps=4", f"logger={logger}", *offline)
+        run(folder, logger, "experiment=smoke_ict", "trainer.max_steps=1", f"logger={logger}", *offline)
     outputs = folder / "outputs"
     assert list((outputs / "tensorboard").rglob("events.out.*"))
     assert list((outputs / "wandb").rglob("*.wandb"))

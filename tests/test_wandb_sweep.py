@@ -37,6 +37,7 @@ def trials():
         yield {name: listed[min(i, len(listed) - 1)] for name, listed in lists.items()}
 
 
+@pytest.mark.slow  # for what wandb takes to be imported
 @pytest.mark.parametrize("drawn", trials())
 def test_every_value_makes_a_command_that_composes(drawn, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")

@@ -197,6 +197,7 @@ print(source.reads, int(data.images.sum()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_once(tmp_path):
     code = CHILD.format(tests=str(__file__).rpartition("/")[0])
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -74,6 +74,7 @@ def test_refuses_what_does_not_exist(make_denoiser):
         configure_execution(make_denoiser(), precision="fp16")
 
 
+@pytest.mark.slow
 def test_graphs_are_told_of_each_step(make_denoiser, monkeypatch):
     told = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(1))

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from consistency import config
+from composing import composed
 from consistency.checkpoints.native import load_model, save_denoiser
 from consistency.commands.folder import RefusedError, check_same_settings
 from consistency.models.denoiser import Denoiser
@@ -22,7 +21,6 @@ from consistency.models.legacy import upgrade_config, upgrade_settings
 from consistency.models.parametrization import EDM, Flow
 from snapshots import weights_of_rule
 
-config.register()
 DATA = Path(__file__).parents[1] / "data"
 MODELS = json.loads((DATA / "models_0_1.json").read_text())
 SETTINGS = json.loads((DATA / "settings_0_1.json").read_text())
@@ -128,15 +126,14 @@ def test_what_is_of_this_version_stays(make_denoiser):
     assert upgrade_config(own) == upgrade_config(own, "EDM") == own
 
 
-def composed(recipe, *overrides):
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        where = ["paths.output_dir=unused", "run_name=test", "study_name=test"]
-        return compose("train", overrides=[f"experiment={recipe}", *where, *overrides])
+def settings(recipe, *overrides):
+    where = ["paths.output_dir=unused", "run_name=test", "study_name=test"]
+    return composed("train", f"experiment={recipe}", *where, *overrides)
 
 
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_runs_go_on_under_the_same_recipe(recipe, tmp_path):
-    check_same_settings(composed(recipe), SETTINGS[recipe], tmp_path)
+    check_same_settings(settings(recipe), SETTINGS[recipe], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +152,7 @@ def test_runs_go_on_under_the_same_recipe(recipe, tmp_path):
 )
 def test_runs_do_not_go_on_under_another(recipe, override, words, tmp_path):
     with pytest.raises(RefusedError, match=words):
-        check_same_settings(composed(recipe, override), SETTINGS[recipe], tmp_path)
+        check_same_settings(settings(recipe, override), SETTINGS[recipe], tmp_path)
 
 
 def test_settings_of_this_version_stay():

@@ -21,7 +21,7 @@ def limit(method, images):
 
 
 class TestAuto:
-    @pytest.mark.parametrize(("images", "parts"), [(16, 1), (8, 2), (7, 4), (1, 16)])
+    @pytest.mark.parametrize(("images", "parts"), [(16, 1), (7, 4)])
     def test_fewest_micro_batches_that_fit(self, make_method, train, outputs, images, parts):
         watch, method = outputs(), limit(make_method(), images)
         trainer = train(method, steps=2, batch_size=16, callbacks=[watch, AutoAccumulate()])
@@ -86,9 +86,12 @@ def test_probe_leaves_no_trace(make_method, make_denoiser, train, at):
 @pytest.mark.parametrize(
     ("images", "accumulate", "words"),
     [
-        (4, 1, r"micro-batches of 16 images \(CUDA out of memory. Tried 16\), 4 fit; .*accumulate_grad_batches=4 or "),
-        (3, 2, r"micro-batches of 8 images .*, 2 fit; .*accumulate_grad_batches=8 or =auto"),
-        (0, 1, "not even one image fits"),
+        (
+            3,
+            2,
+            r"micro-batches of 8 images \(CUDA out of memory. Tried 8\), 2 fit; .*accumulate_grad_batches=8 or =auto",
+        ),
+        pytest.param(0, 1, "not even one image fits", marks=pytest.mark.slow),
     ],
 )
 def test_running_out_of_memory_says_what_fits(make_method, train, monkeypatch, images, accumulate, words):
