@@ -20,6 +20,7 @@ from consistency.training.agreement import check_ranks_agree
 from consistency.training.averaging import WeightEMA
 from consistency.training.checkpointing import checkpoint_callback
 from consistency.training.triggers import EvaluationInterruptedError, EveryNImages
+from consistency.training.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,10 @@ class QualityCallback(Callback):
         self._started, self._seconds = time.perf_counter(), 0.0
         if trainer.is_global_zero:
             self._drop_rows_after(self._rhythm.done)
+            best = {name: "max" if _higher_is_better(name) else "min" for name in self.names}
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.define_scores(best)
         if self._rhythm.is_due(pl_module.progress):
             if (saver := checkpoint_callback(trainer)) is not None:
                 saver.install_signal_handlers()
