@@ -19,6 +19,7 @@ from consistency.io.atomic import write_text
 from consistency.training.agreement import check_ranks_agree
 from consistency.training.averaging import WeightEMA
 from consistency.training.checkpointing import checkpoint_callback
+from consistency.training.csv_logger import announce_columns
 from consistency.training.triggers import EvaluationInterruptedError, EveryNImages
 from consistency.training.wandb_logger import WandbLogger
 
@@ -94,6 +95,7 @@ class QualityCallback(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; forget rows of steps that will be made again; measure what was given up."""
         self._started, self._seconds = time.perf_counter(), 0.0
+        announce_columns(trainer, [*self.names, "quality_time_share"])
         if trainer.is_global_zero:
             self._drop_rows_after(self._rhythm.done)
             best = {name: "max" if _higher_is_better(name) else "min" for name in self.names}
