@@ -43,16 +43,16 @@ class SampleGrid(Callback):
     ) -> None:
         self.dirpath, self.samplers = Path(dirpath), samplers
         self.num_samples, self.seed = num_samples, seed
-        self._rhythm = EveryNImages(every_n_images)
+        self._trigger = EveryNImages(every_n_images)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Grids up to here are drawn: the checkpoint of a step is written after its grid."""
-        self._rhythm.note(pl_module.progress)
+        self._trigger.mark(pl_module.progress)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample when it is due."""
-        if self._rhythm.is_due(pl_module.progress):
-            self._rhythm.note(pl_module.progress)
+        if self._trigger.is_due(pl_module.progress):
+            self._trigger.mark(pl_module.progress)
             if trainer.is_global_zero:
                 self.draw(trainer, pl_module)
 
