@@ -132,16 +132,6 @@ def test_signals_are_given_back_after_an_exception(make_method, train, saver, at
     assert handlers() == before
 
 
-@pytest.mark.parametrize("leave", [lambda s: s.on_train_end(None, None), lambda s: s.on_exception(None, None, None)])
-def test_signals_are_given_back_by_the_callback_itself(make_method, saver, leave):
-    # Lightning restores handlers too, where it has set any.
-    before = handlers()
-    saver.install_signal_handlers()
-    assert all(now != then for now, then in zip(handlers(), before, strict=True))
-    leave(saver)
-    assert handlers() == before
-
-
 def test_signals_are_given_back_at_the_end(make_method, train, saver):
     before = handlers()
     train(make_method(), callbacks=[saver])
@@ -232,14 +222,3 @@ def test_memory_that_lies_is_noticed(make_method, train, saver, monkeypatch):
     with pytest.raises(OSError, match=r"last\.partial does not read back .*last\.ckpt is as it was"):
         train(make_method(), steps=6, callbacks=[saver])
     assert progress_of(saver)["step"] == 2
-
-
-def test_file_system_without_hard_links(make_method, train, saver, monkeypatch):
-    def refuse(*names):
-        raise OSError("not supported")
-
-    monkeypatch.setattr("os.link", refuse)
-    train(make_method(), steps=6, callbacks=[saver])
-    assert progress_of(saver)["step"] == 6
-    previous = torch.load(saver.path.with_name("previous.ckpt"), weights_only=True)
-    assert previous["state_dict"]["progress._extra_state"]["step"] == 4

@@ -39,6 +39,16 @@ def test_columns_that_appear_later(tmp_path):
     ]
 
 
+def test_announced_columns_are_there_from_the_start(tmp_path):
+    logger = CsvLogger(str(tmp_path))
+    logger.announce(["loss", "fid"])
+    logger.log_metrics({"loss": 1.0, "lr": 0.1}, step=1)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    logger.log_metrics({"fid": 3.0}, step=2)
+    assert (tmp_path / "metrics.csv").read_bytes() == before + b"2,,3.0,\r\n"
+    assert before == b"step,loss,fid,lr\r\n1,1.0,,0.1\r\n"
+
+
 def test_resume_keeps_earlier_rows_and_drops_the_others(tmp_path):
     earlier = CsvLogger(str(tmp_path))
     for step in (10, 20, 30, 100):
@@ -61,6 +71,16 @@ def test_nothing_is_touched_before_the_first_row(tmp_path):
     again.log_hyperparams({"seed": 0})
     assert again.experiment is None
     assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    earlier = CsvLogger(str(tmp_path))
+    for step in (10, 20, 30):
+        earlier.log_metrics({"loss": step / 10}, step=step)
+    again = CsvLogger(str(tmp_path))
+    again.drop_rows_after(20)
+    again.log_metrics({"loss": 9.0}, step=50)
+    assert [row["step"] for row in read(tmp_path)] == ["10", "20", "50"]
 
 
 def test_run_from_the_start_begins_afresh(tmp_path):

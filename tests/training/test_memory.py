@@ -6,7 +6,7 @@ import torch
 from consistency.noise.curricula import FixedDecay
 from consistency.training.averaging import TargetEMA, WeightEMA
 from consistency.training.checkpointing import RunCheckpoint
-from consistency.training.memory import AutoAccumulate, _divisions, fit, fits
+from consistency.training.memory import AutoAccumulate, fit, probe_memory
 
 
 def limit(method, images):
@@ -28,6 +28,12 @@ class TestAuto:
         assert trainer.accumulate_grad_batches == parts
         assert [len(seen.sigma) for seen in watch.seen] == [16 // parts] * 2 * parts
         assert (method.progress.step, method.progress.images_seen) == (2, 32)
+
+    @pytest.mark.parametrize(("batch_size", "parts"), [(12, 12), (7, 7)])
+    def test_numbers_of_micro_batches_divide_the_batch(self, make_method, train, batch_size, parts):
+        callbacks = [AutoAccumulate()]
+        trainer = train(limit(make_method(), 2), steps=1, batch_size=batch_size, callbacks=callbacks)
+        assert trainer.accumulate_grad_batches == parts
 
     def test_is_the_run_with_that_number(self, make_method, make_denoiser, train):
         denoiser, ends = make_denoiser(dropout=0.2), []
@@ -68,7 +74,7 @@ def test_probe_leaves_no_trace(make_method, make_denoiser, train, at):
 
     def probe(method):
         before = state(method)
-        results.append([fits(method.trainer, method, parts) for parts in (1, 2, 4)])
+        results.append([probe_memory(method.trainer, method, parts) for parts in (1, 2, 4)])
         after = state(method)
         assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
         for a, b in zip(before[1], after[1], strict=True):
@@ -83,26 +89,9 @@ def test_probe_leaves_no_trace(make_method, make_denoiser, train, at):
     assert results == [[False, True, True]]
 
 
-@pytest.mark.parametrize(
-    ("images", "accumulate", "words"),
-    [
-        (
-            3,
-            2,
-            r"micro-batches of 8 images \(CUDA out of memory. Tried 8\), 2 fit; .*accumulate_grad_batches=8 or =auto",
-        ),
-        pytest.param(0, 1, "not even one image fits", marks=pytest.mark.slow),
-    ],
-)
-def test_running_out_of_memory_says_what_fits(make_method, train, monkeypatch, images, accumulate, words):
-    run_out(train, limit(make_method(), images), monkeypatch, words, accumulate=accumulate)
-
-
-def test_running_out_elsewhere_is_told_apart(make_method, train, monkeypatch, at):
-    def evaluate(_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    run_out(train, make_method(), monkeypatch, "sampling or evaluation", callbacks=[at(1, evaluate, end=True)])
+def test_running_out_of_memory_is_one_line_of_advice(make_method, train, monkeypatch):
+    words = r"micro-batches of 8 images \(CUDA out of memory. Tried 8\); set trainer.accumulate_grad_batches=auto"
+    run_out(train, limit(make_method(), 3), monkeypatch, words, accumulate=2)
 
 
 def run_out(train, method, monkeypatch, words, **options):
@@ -120,10 +109,3 @@ def through(plain, trainer, method, datamodule, ckpt_path, weights_only):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer), "fit", plain)
         fit(trainer, method, datamodule, ckpt_path)
-
-
-def test_divisions():
-    assert _divisions(16, 1) == [1, 2, 4, 8, 16]
-    assert _divisions(16, 4) == [1, 2, 4]
-    assert _divisions(12, 1) == [1, 2, 4, 12]
-    assert _divisions(7, 1) == [1, 7]

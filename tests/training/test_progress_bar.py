@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from consistency.io.progress import ProgressBar, counting
 from consistency.noise.curricula import FixedDecay
 from consistency.training.averaging import TargetEMA
 from consistency.training.progress_bar import TrainingProgress
@@ -61,21 +62,16 @@ def test_live_bar(make_method, train, capsys):
     assert "N=4" in out
     assert "loss" in out
     assert steps_in(out) == []  # no plain lines beside it
-    assert bar._bar is None
 
 
 @pytest.mark.usefixtures("terminal")
-def test_terminal_is_given_back_after_an_exception(make_method, train, at):
-    bar, live = TrainingProgress(), []
-
+def test_terminal_is_given_back_after_an_exception(make_method, train, at, capsys):
     def fail(_):
-        live.append(bar._bar)
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        train(make_method(), callbacks=[bar, at(1, fail)])
-    assert bar._bar is None
-    assert not live[0].live.is_started
+        train(make_method(), callbacks=[TrainingProgress(), at(1, fail)])
+    assert capsys.readouterr().out.count("\x1b[?25h") == 1  # the cursor is shown again
 
 
 @pytest.mark.parametrize("surroundings", ["log_file", "terminal"])
@@ -95,3 +91,30 @@ def test_enabled_again(make_method, train, capsys):
     bar.enable()
     train(make_method(), steps=1, callbacks=[bar])
     assert steps_in(capsys.readouterr().out) == [1]
+
+
+@pytest.mark.usefixtures("log_file")
+def test_a_command_prints_no_line_for_what_is_done_at_once(capsys):
+    with counting("sampling", 100) as advance:
+        for _ in range(10):
+            advance(10)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("log_file")
+def test_lines_of_a_command_that_goes_on(capsys):
+    bar = ProgressBar("sampling", 2000, 1000, line_seconds=0.0)
+    for done in range(1000, 2001, 100):
+        bar.advance(done, done)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"sampling {done:,}/2,000" for done in range(1200, 2001, 200)]
+    assert all("images/s" in line and line.endswith(" left") for line in lines)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_live_bar_of_a_command_is_gone_at_the_end(capsys):
+    with counting("sampling", 4) as advance:
+        advance(4)
+    err = capsys.readouterr().err
+    assert "sampling 4/4" in err
+    assert err.endswith("\x1b[2K")  # the line is erased

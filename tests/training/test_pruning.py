@@ -29,7 +29,7 @@ class Scores(QualityCallback):
 
     def measure(self, trainer, pl_module):
         self.last = {"fd": self.scores.pop(0), "other": 0.0}
-        self._rhythm.note(pl_module.progress)
+        self._rhythm.mark(pl_module.progress)
 
     def state_dict(self):
         return {}

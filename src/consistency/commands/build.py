@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.native import load_denoiser
 from consistency.commands.slurm import slurm_plugins
-from consistency.commands.tracking import describe_wandb_run
+from consistency.commands.tracking import describe_wandb_run, typed_overrides
 from consistency.data.module import ImageDataModule, warn_about_sigma_data
 from consistency.methods.base import Method
 from consistency.models.denoiser import Denoiser
@@ -133,11 +133,10 @@ def build_trainer(cfg: DictConfig, callbacks: list[Any], loggers: list[Any], run
     )
     if str(cfg.trainer.get("precision")).startswith("16") and trainer.strategy.root_device.type == "cpu":
         raise ValueError("precision is fp16 on a CPU; allowed there: fp32 or bf16 (Lightning would take bf16 unasked)")
-    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.trainer = trainer
-        logger.log_hyperparams(settings)
+        more = {"overrides": typed_overrides()} if isinstance(logger, WandbLogger) else {}
+        logger.log_hyperparams({**settings, **more})
     return trainer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Progress(nn.Module):
         self._schedule_offset = schedule_step - self.step
 
 
-def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Mapping[str, Any]) -> None:
+def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Sequence[Mapping[str, Any]]) -> None:
     """Give an optimizer whose state was loaded the options of now: a state holds those that it was saved with.
 
     Moments get the memory order of their weights, which `channels_last` may have changed in between: fused optimizers
@@ -101,27 +101,21 @@ def set_options(optimizer: Optimizer, schedules: Iterable[Any], options: Mapping
     Args:
         optimizer: After loading.
         schedules: Its learning rate schedules; they keep their place.
-        options: Arguments of its constructor, as lr, betas, weight_decay.
+        options: Of each parameter group: lr (without the schedule's factor), betas, weight_decay, ...
     """
-    for group in optimizer.param_groups:
-        for name, value in options.items():
-            if name == "lr":
-                base = group.get("initial_lr", group["lr"])
-                group["lr"] = value if base == group["lr"] else group["lr"] * value / base
-                if "initial_lr" in group:
-                    group["initial_lr"] = value
-            elif name in group:
-                group[name] = tuple(value) if isinstance(group[name], tuple) else value
-        if "foreach" in group:
-            group["foreach"] = options.get("foreach")
+    for group, now in zip(optimizer.param_groups, options, strict=True):
+        base = group.get("initial_lr", group["lr"])
+        group["lr"] = now["lr"] if base == group["lr"] else group["lr"] * now["lr"] / base
+        if "initial_lr" in group:
+            group["initial_lr"] = now["lr"]
+        group.update({name: now[name] for name in group.keys() & now.keys() - {"params", "lr", "initial_lr"}})
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     for schedule in schedules:
-        if "lr" in options:
-            schedule.base_lrs = [options["lr"]] * len(schedule.base_lrs)
+        schedule.base_lrs = [now["lr"] for now in options]
 
 
 def linear_warmup(optimizer: Optimizer, *, images: int, batch_size: int) -> LambdaLR:

@@ -15,8 +15,10 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from consistency.io.atomic import atomic_replace, checkpoint_manifest, verify_manifest, verify_zip
+from consistency.io.atomic import atomic_replace, checkpoint_manifest, verify_zip
+from consistency.methods.base import Method
 from consistency.methods.progress import set_options
+from consistency.training.triggers import callbacks_of
 
 # Ctrl-C; the end of a job; the warning before it that SLURM sends with `--signal=USR1@90`.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -27,8 +29,8 @@ class RunCheckpoint(Checkpoint):
 
     Ctrl-C, SIGTERM and SIGUSR1 do not break into a step: it ends, the checkpoint is written, training stops, and
     `interrupted_by` holds the signal's number. A second Ctrl-C stops at once. Checkpoints are only written between
-    optimizer steps, so that a resumed run equals a straight one. A new file is written beside, read back, and takes its
-    place in one rename; never when the weights are not finite.
+    optimizer steps, so that a resumed run equals a straight one. A new file is written beside, its checksums are
+    compared, and it takes its place in one rename; never when the weights are not finite.
 
     Args:
         dirpath: Folder of `last.ckpt` and `previous.ckpt`.
@@ -43,116 +45,114 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.interrupted_by: int | None = None
         self.metadata: dict[str, Any] = {}
+        self._partial = self.path.with_suffix(".partial")
         self._last_step = self._saved_step = 0
-        self._accumulated: int | None = None  # accumulate_grad_batches of the checkpoint
+        self._options: list[dict[str, Any]] = []  # of each parameter group, as this session's configuration has them
         self._has_loaded = False
         self._earlier_seconds, self._started = 0.0, time.perf_counter()
         self._previous_handlers: dict[int, Any] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Method, stage: str) -> None:
         """Write files by ourselves: Lightning copies them through memory and TMPDIR, and hides some errors."""
         trainer.strategy.checkpoint_io = _OneFile()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Make the folder."""
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Method, checkpoint: dict[str, Any]) -> None:
+        """Continue with another number of micro-batches or another batch, where this session has one."""
+        self._has_loaded = True
+        micro_batches = checkpoint.get("consistency", {}).get("accumulate_grad_batches")
+        if micro_batches not in (None, trainer.accumulate_grad_batches):
+            # Lightning steps after every n-th micro-batch by its own count, which has to begin with a step.
+            checkpoint.pop("loops", None)
+        if pl_module.progress.was_converted:
+            for schedule in checkpoint["lr_schedulers"]:
+                schedule["last_epoch"] = pl_module.progress.schedule_step
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Method) -> None:
+        """Make the folder; note the optimizer's options before those of the checkpoint replace them."""
         self.interrupted_by = None
+        self._options = [
+            {**group, "lr": group.get("initial_lr", group["lr"])} for group in trainer.optimizers[0].param_groups
+        ]
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.unlink(missing_ok=True)  # of a process that was killed
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Method) -> None:
+        """Start the clock; stop where that was asked for already."""
+        self.install_signal_handlers()
+        if self._has_loaded:  # allow_changes=[optimizer.lr]
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            set_options(trainer.optimizers[0], schedules, self._options)
+        self._last_step = self._saved_step = pl_module.progress.step
+        self._started = time.perf_counter()
+        self._stop_if_asked(trainer)
 
     def install_signal_handlers(self) -> None:
         """Hear the signals from now on. Not before `on_train_start`: Lightning sets handlers of its own until then."""
         if threading.current_thread() is threading.main_thread() and not self._previous_handlers:
             for number in STOP_SIGNALS:
-                self._previous_handlers[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock; stop where that was asked for already."""
-        self.install_signal_handlers()
-        self._count_micro_batches(trainer)
-        if self._has_loaded:  # allow_changes=[optimizer.lr]
-            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-            set_options(trainer.optimizers[0], schedules, getattr(pl_module.optimizer, "keywords", {}))
-        self._last_step = self._saved_step = pl_module.progress.step
-        self._started = time.perf_counter()
-        if trainer.strategy.reduce_boolean_decision(self.interrupted_by is not None, all=False):
-            self.interrupted_by = self.interrupted_by or signal.SIGTERM
-            trainer.should_stop = True
-
-    def _count_micro_batches(self, trainer: L.Trainer) -> None:
-        """Lightning steps after every n-th micro-batch by its own count: go on from a multiple of the n of now."""
-        before, now = self._accumulated, trainer.accumulate_grad_batches
-        if before in (None, now):
-            return
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-        for count in (progress.total, progress.current):
-            count.ready = count.started = count.processed = count.ready // before * now
-            count.completed = count.processed - 1  # a checkpoint is written before Lightning counts its batch
-
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         if self.interrupted_by is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.interrupted_by = number
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save when it is due; stop when asked."""
-        step = pl_module.progress.step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        is_over = pl_module.progress.is_over
-        # Every rank must take the same branch, or the others wait for ever.
-        stop = trainer.strategy.reduce_boolean_decision(self.interrupted_by is not None, all=False)
-        if stop or step % self.every_n_steps == 0 or is_over:
-            self.save(trainer)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if is_over and not any(getattr(callback, "has_deferred_evaluation", False) for callback in callbacks):
-            self.interrupted_by = None  # asked to stop in the last step: nothing was cut short
-        elif stop:
+    def _restore_signal_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
+
+    def _is_asked_to_stop(self, trainer: L.Trainer) -> bool:
+        """On any rank: every rank must take the same branch, or the others wait for ever."""
+        return trainer.strategy.reduce_boolean_decision(self.interrupted_by is not None, all=False)
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        if self._is_asked_to_stop(trainer):
             self.interrupted_by = self.interrupted_by or signal.SIGTERM
             trainer.should_stop = True
 
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_suffix(".partial")
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is due; stop when asked."""
+        step, is_over = pl_module.progress.step, pl_module.progress.is_over
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if self._is_asked_to_stop(trainer) or step % self.every_n_steps == 0 or is_over:
+            self.save(trainer)
+        if is_over and not any(getattr(one, "has_deferred_evaluation", False) for one in callbacks_of(trainer)):
+            self.interrupted_by = None  # asked to stop in the last step: nothing was cut short
+        else:
+            self._stop_if_asked(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write beside, read back, keep the one before, rename.
+        """Write beside, compare checksums, keep the one before, rename.
 
         Raises:
             FloatingPointError: if a weight is not finite; the earlier checkpoints stay.
             OSError: if it cannot be written; the earlier checkpoints stay.
         """
-        norms = torch._foreach_norm(list(trainer.lightning_module.parameters()))
-        if not torch.stack(norms).isfinite().all():
+        method: Any = trainer.lightning_module
+        if not all(parameter.isfinite().all() for parameter in method.parameters()):
             raise FloatingPointError(
                 f"the weights are not finite any more, {self.path} was not written; lower optimizer.lr, or use "
                 "precision=fp32 if this run used fp16"
             )
-        method: Any = trainer.lightning_module
         trainer.save_checkpoint(self._partial)
         if trainer.is_global_zero:
-            self._check_written()
-            # The step that was asked for twice (before an evaluation and after it) is kept once.
+            if (damage := verify_zip(self._partial)) is not None:
+                raise OSError(
+                    f"{self._partial} does not read back ({damage}): the disk or memory is not sound; "
+                    f"{self.path} is as it was"
+                )
+            # A step that is saved twice (before an evaluation and after it) is kept once.
             if self.path.exists() and method.progress.step != self._saved_step:
-                _keep(self.path, self.path.with_name("previous.ckpt"))
+                os.replace(self.path, self.path.with_name("previous.ckpt"))
             atomic_replace(self._partial, self.path)
         self._saved_step = method.progress.step
         trainer.strategy.barrier()
-
-    def _check_written(self) -> None:
-        try:
-            damage = verify_zip(self._partial)
-            if damage is None:
-                written = torch.load(self._partial, map_location="cpu", weights_only=True, mmap=True)
-                verify_manifest(written, self._partial, {})
-        except Exception as error:
-            damage = str(error).splitlines()[0]
-        if damage is not None:
-            raise OSError(
-                f"{self._partial} does not read back ({damage}): the folder is gone, or the disk or memory not sound; "
-                f"{self.path} is as it was"
-            )
 
     @property
     def seconds(self) -> float:
@@ -167,7 +167,7 @@ class RunCheckpoint(Checkpoint):
         """Restore the time of earlier sessions."""
         self._earlier_seconds = state_dict["seconds"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Method, checkpoint: dict[str, Any]) -> None:
         """Add under our own key `metadata` (plain values), what the run is divided into, and the list of parts."""
         checkpoint["consistency"] = {
             **self.metadata,
@@ -176,34 +176,15 @@ class RunCheckpoint(Checkpoint):
             "parts": checkpoint_manifest(checkpoint),
         }
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Learn how the run was divided; put its learning rate where the batch of this session has it."""
-        self._has_loaded = True
-        self._accumulated = checkpoint.get("consistency", {}).get("accumulate_grad_batches")
-        if pl_module.progress.was_converted:
-            for schedule in checkpoint["lr_schedulers"]:
-                schedule["last_epoch"] = pl_module.progress.schedule_step
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Keep what a limit such as max_time has ended; give the signals back."""
-        method: Any = pl_module
-        if trainer is not None and method.progress.step != self._saved_step and not method.progress.pending:
+        if pl_module.progress.step != self._saved_step and not pl_module.progress.pending:
             self.save(trainer)
-        self._restore_handlers()
+        self._restore_signal_handlers()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Method, exception: BaseException) -> None:
         """Give the signals back."""
-        self._restore_handlers()
-
-
-def checkpoint_callback(trainer: Any) -> RunCheckpoint | None:
-    """The trainer's own checkpoint callback, if it has one."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoint)), None)
+        self._restore_signal_handlers()
 
 
 class _OneFile(TorchCheckpointIO):
@@ -224,25 +205,8 @@ class _OneFile(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch has its own word for a full disk
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            reason = (cause and cause.strerror) or str(error).splitlines()[0]
+            cause = error if isinstance(error, OSError) else error.__context__
             raise OSError(
-                f"the checkpoint could not be written to {path.parent} ({reason}); the earlier ones are whole. Free "
-                "space or bring the folder back, and the same command continues"
+                f"the checkpoint could not be written to {path.parent} ({getattr(cause, 'strerror', None) or error}); "
+                "the earlier ones are as they were. Free space or bring the folder back, and the same command continues"
             ) from error
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """Make `previous` another name of `path`, so that `path` itself is there at every moment."""
-    fresh = previous.with_suffix(".link")
-    with suppress(FileNotFoundError):
-        fresh.unlink()
-    try:
-        os.link(path, fresh)
-    except OSError:  # a file system without hard links: for a moment there is only the previous one
-        os.replace(path, previous)
-        return
-    os.replace(fresh, previous)
-    fresh.unlink(missing_ok=True)  # it stays where both were one file already

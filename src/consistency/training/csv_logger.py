@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+import lightning as L
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from consistency.io.atomic import write_text
 
 
 class CsvLogger(Logger):
-    """`metrics.csv`: one row a step, columns as they appear.
+    """`metrics.csv`: one row a step, appended; the columns are those that were announced and those of the first row.
 
     Lightning's own logger deletes the file of the run that it resumes. This one keeps it, and drops the rows past the
-    checkpoint that the run resumes from, so that no step is lost or doubled. A first row of a step that is there
-    already completes it: scores that were given up when the run was stopped.
+    checkpoint that the run resumes from, so that no step is lost or doubled. A second row of the last step completes
+    it. A column that nobody announced is added all the same, which costs writing the file anew.
 
     Args:
         save_dir: Folder of the file.
     """
 
+    name, version, experiment = "csv", "", None
+
     def __init__(self, save_dir: str) -> None:
         super().__init__()
         self.path = Path(save_dir) / "metrics.csv"
-        self._columns: list[str] | None = None
-        self._last_step: int | None = None
+        self._announced: list[str] = []
+        self._columns: list[str] = []  # none before the first row
+        self._last: dict[str, Any] = {}  # the last row, and where it begins in the file
+        self._last_start = 0
 
-    @property
-    def name(self) -> str:
-        """Of the logger."""
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        """None is kept."""
-        return ""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> None:
-        """There is no object behind this logger."""
-        return
+    def announce(self, columns: Iterable[str]) -> None:
+        """Columns that later rows will have."""
+        self._announced += columns
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -49,47 +46,54 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write one row, or complete that of the same step."""
-        row = {"step": step, **metrics}
-        if self._columns is None:
-            rows = [old for old in self._read() if (old["step"] or "").isdigit() and int(old["step"]) <= (step or 0)]
-            self._columns = list(rows[0]) if rows else []
-            self._last_step = int(rows[-1]["step"]) if rows else None
-            self._rewrite(rows)
-        new = [name for name in row if name not in self._columns]
-        self._columns += new
-        rows = self._read() if new or step == self._last_step else []
-        if rows and step == self._last_step and rows[-1]["step"] == str(step):  # of another callback
-            self._rewrite([*rows[:-1], {**rows[-1], **{name: str(value) for name, value in metrics.items()}}])
-            return
-        if new:
-            self._rewrite(rows)
-        self._last_step = step
-        with self.path.open("a", newline="") as file:
+        """Append one row, or complete that of the same step."""
+        row: dict[str, Any] = {"step": step or 0, **metrics}
+        if not self._columns:
+            row = {"step": row["step"], **dict.fromkeys(self._announced, ""), **metrics}
+            self._rewrite([old for old in self._rows() if int(old["step"]) <= row["step"]], row)
+        elif not row.keys() <= set(self._columns):
+            self._rewrite(self._rows(), row)
+        if str(row["step"]) == str(self._last.get("step")):
+            row = {**self._last, **{name: value for name, value in row.items() if value != ""}}
+        else:
+            self._last_start = self.path.stat().st_size
+        with self.path.open("r+", newline="") as file:
+            file.seek(self._last_start)
             csv.DictWriter(file, self._columns).writerow(row)
+            file.truncate()
+        self._last = row
 
+    @rank_zero_only
     def drop_rows_after(self, step: int) -> None:
         """Forget steps that a resumed run makes again, under other settings perhaps."""
-        rows = self._read()
-        kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
-        if kept != rows:
-            self._columns = list(kept[0]) if kept else []
-            self._rewrite(kept)
-            self._columns = None
+        if self.path.exists():
+            self._rewrite([row for row in self._rows() if int(row["step"]) <= step], {})
+            self._columns = []
 
-    def _read(self) -> list[dict[str, str]]:
+    def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
         text = self.path.read_text(errors="replace")
         # A process that was killed while writing leaves a last line without its end.
         complete = text[: text.rfind("\n") + 1]
-        return list(csv.DictReader(complete.splitlines()))
+        return [row for row in csv.DictReader(complete.splitlines()) if (row.get("step") or "").isdigit()]
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]], more: dict[str, Any]) -> None:
+        """Write the file anew with these rows, their columns and those of `more`."""
+        self._columns = list(dict.fromkeys([*(rows[0] if rows else ()), "step", *more]))
+        self._last = rows[-1] if rows else {}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[:-1])
+        self._last_start = len(text.getvalue().encode())
+        writer.writerows(rows[-1:])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns or ["step"])
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.path)
+        write_text(self.path, text.getvalue())
+
+
+def announce_columns(trainer: L.Trainer, columns: Iterable[str]) -> None:
+    """Tell every CSV file of the run which columns are to come."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CsvLogger):
+            logger.announce(columns)

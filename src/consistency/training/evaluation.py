@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.data.image_files import image_grid, save_grid
+from consistency.methods.progress import Progress
 from consistency.sampling.images import sample_images
 from consistency.training.averaging import WeightEMA
 from consistency.training.triggers import EveryNImages
@@ -42,16 +43,16 @@ class SampleGrid(Callback):
     ) -> None:
         self.dirpath, self.samplers = Path(dirpath), samplers
         self.num_samples, self.seed = num_samples, seed
-        self._rhythm = EveryNImages(every_n_images)
+        self._trigger = EveryNImages(every_n_images)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Grids up to here are drawn: the checkpoint of a step is written after its grid."""
-        self._rhythm.note(pl_module.progress)
+        self._trigger.mark(pl_module.progress)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample when it is due."""
-        if self._rhythm.is_due(pl_module.progress):
-            self._rhythm.note(pl_module.progress)
+        if self._trigger.is_due(pl_module.progress):
+            self._trigger.mark(pl_module.progress)
             if trainer.is_global_zero:
                 self.draw(trainer, pl_module)
 
@@ -59,34 +60,35 @@ class SampleGrid(Callback):
         """Sample and write one grid a sampler."""
         average = next((callback for callback in pl_module.trainer.callbacks if isinstance(callback, WeightEMA)), None)
         if average is None:
-            self._write(trainer, pl_module, "raw")
+            self._write(trainer, pl_module)
         else:
-            with average.applied(pl_module) as weights:
-                self._write(trainer, pl_module, weights)
+            with average.applied(pl_module):
+                self._write(trainer, pl_module)
 
     @torch.no_grad()
-    def _write(self, trainer: L.Trainer, pl_module: Any, weights: str) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         denoiser = pl_module.denoiser
         was_training = denoiser.training
         denoiser.eval()
         try:
-            self._draw_grids(trainer, pl_module, weights)
+            self._draw_grids(trainer, pl_module)
         finally:
             denoiser.train(was_training)
 
-    def _draw_grids(self, trainer: L.Trainer, pl_module: Any, weights: str) -> None:
+    def _draw_grids(self, trainer: L.Trainer, pl_module: Any) -> None:
         denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
         labels = torch.arange(self.num_samples) % denoiser.num_classes if denoiser.num_classes else None
         for name, sampler in self.samplers.items():
             images = sample_images(denoiser, sampler, range(self.num_samples), seed=self.seed, labels=labels).cpu()
             save_grid(images, self.dirpath / f"{name}_{images_seen:09d}.png")
             for logger in trainer.loggers:
-                _log_image(logger, f"samples/{name} ({weights})", image_grid(images), pl_module.progress.step)
+                _log_image(logger, f"samples/{name}", image_grid(images), pl_module.progress)
 
 
-def _log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
+def _log_image(logger: Any, name: str, image: Tensor, progress: Progress) -> None:
     """Send a uint8 picture [3, H, W] to a logger that takes images; others already have the file."""
     if hasattr(logger, "log_image"):  # WandbLogger
-        logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=step)
+        logger.log_metrics({"images_seen": progress.images_seen}, step=progress.step)  # where the picture belongs
+        logger.log_image(key=name, images=[image.permute(1, 2, 0).numpy()], step=progress.step)
     elif hasattr(logger.experiment, "add_image"):  # TensorBoardLogger
-        logger.experiment.add_image(name, image, global_step=step)
+        logger.experiment.add_image(name, image, global_step=progress.step)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.training.alarms import Collapse, NonFinite
+from consistency.training.csv_logger import announce_columns
 
 # Edges of ln sigma between the bands of `loss_level_*`: below, between and above these.
 LEVEL_EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
@@ -51,6 +52,7 @@ class TrainingLog(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; sums of an interrupted row go on."""
+        announce_columns(trainer, ["loss", *(f"loss_level_{i}" for i in range(len(LEVEL_EDGES) + 1))])
         self._start_clock(pl_module.progress.step, pl_module.progress.images_seen)
         self._edges = self._edges.to(pl_module.device)
         self._reduce = partial(trainer.strategy.reduce, reduce_op="sum")

@@ -18,8 +18,10 @@ from consistency.evaluation.protocol import Evaluation
 from consistency.io.atomic import write_text
 from consistency.training.agreement import check_ranks_agree
 from consistency.training.averaging import WeightEMA
-from consistency.training.checkpointing import checkpoint_callback
-from consistency.training.triggers import EvaluationInterruptedError, EveryNImages
+from consistency.training.checkpointing import RunCheckpoint
+from consistency.training.csv_logger import announce_columns
+from consistency.training.triggers import EvaluationInterruptedError, EveryNImages, find_callback
+from consistency.training.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class QualityCallback(Callback):
         self.every_n_images, self.seed = every_n_images, seed
         self.best: dict[str, dict[str, float]] = {}
         self.last: dict[str, float] = {}
-        self._rhythm = EveryNImages(every_n_images)
+        self._trigger = EveryNImages(every_n_images)
         self._seconds = 0.0
         self._prepared: Any = None
         self._was_given_up = self._has_begun = False
@@ -93,18 +95,23 @@ class QualityCallback(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock; forget rows of steps that will be made again; measure what was given up."""
         self._started, self._seconds = time.perf_counter(), 0.0
+        announce_columns(trainer, [*self.names, "quality_time_share"])
         if trainer.is_global_zero:
-            self._drop_rows_after(self._rhythm.done)
-        if self._rhythm.is_due(pl_module.progress):
-            if (saver := checkpoint_callback(trainer)) is not None:
+            self._drop_rows_after(self._trigger.done)
+            best = {name: "max" if _higher_is_better(name) else "min" for name in self.names}
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.define_scores(best)
+        if self._trigger.is_due(pl_module.progress):
+            if (saver := find_callback(trainer, RunCheckpoint)) is not None:
                 saver.install_signal_handlers()
             self.measure(trainer, pl_module)
         self._has_begun = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure when it is due; all ranks come here at the same count."""
-        if self._rhythm.is_due(pl_module.progress):
-            if (saver := checkpoint_callback(trainer)) is not None:
+        if self._trigger.is_due(pl_module.progress):
+            if (saver := find_callback(trainer, RunCheckpoint)) is not None:
                 saver.save(trainer)
             self.measure(trainer, pl_module)
 
@@ -128,7 +135,7 @@ class QualityCallback(Callback):
             log.info("told to stop: the scores after %s images come later", f"{pl_module.progress.images_seen:,}")
             return
         self._was_given_up = False
-        self._rhythm.note(pl_module.progress)
+        self._trigger.mark(pl_module.progress)
         now = time.perf_counter()
         self._seconds += now - started
         self._note(trainer, pl_module, rows, self._seconds / max(now - self._started, 1e-9))
@@ -138,7 +145,7 @@ class QualityCallback(Callback):
         extractor, reference = self._prepared
         denoiser, was_training = pl_module.denoiser, pl_module.denoiser.training
         saver = (
-            checkpoint_callback(trainer) if trainer.world_size == 1 else None
+            find_callback(trainer, RunCheckpoint) if trainer.world_size == 1 else None
         )  # ranks could not give up at the same place
 
         def check_time(count: int) -> None:
@@ -193,11 +200,11 @@ class QualityCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best scores so far, and the last."""
-        return {"best": self.best, "last": self.last, "done": self._rhythm.done}
+        return {"best": self.best, "last": self.last, "done": self._trigger.done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
-        self.best, self.last, self._rhythm.done = state_dict["best"], state_dict["last"], state_dict["done"]
+        self.best, self.last, self._trigger.done = state_dict["best"], state_dict["last"], state_dict["done"]
 
     def _drop_rows_after(self, images_seen: int) -> None:
         file = self.dirpath / "quality.jsonl"
