@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from consistency import config
-from consistency.sweeps.variants import key
+from consistency.sweeps.grid import key
 
 config.register()
 
