@@ -15,8 +15,8 @@ from consistency import config
 from consistency.io.run_dir import locked
 from consistency.sweeps.launcher import LocalLauncher
 from consistency.sweeps.search import SearchSweeper
-from consistency.sweeps.space import read_space
 from consistency.sweeps.study import Run, note_runs
+from consistency.sweeps.trials import read_space
 from consistency.training.pruning import PruneTrial
 
 optuna = pytest.importorskip("optuna")
@@ -106,7 +106,8 @@ def search(tmp_path):
 
 
 def space_of(*overrides):
-    return read_space(OverridesParser.create().parse_overrides(list(overrides)))
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return read_space({override.get_key_element(): override for override in parsed})
 
 
 class TestSpace:
@@ -124,8 +125,7 @@ class TestSpace:
         ],
     )
     def test_numbers(self, text, expected):
-        _, space = space_of(f"x={text}")
-        new = space["x"]
+        new = space_of(f"x={text}")["x"]
         assert (type(new).__name__, new.low, new.high, new.log, new.step) == expected
         assert type(new.low) is type(expected[1])
 
@@ -139,12 +139,7 @@ class TestSpace:
         ],
     )
     def test_choices_are_overrides(self, text, choices):
-        assert space_of(f"x={text}")[1]["x"].choices == choices
-
-    def test_of_one_name_the_last_wins(self):
-        fixed, space = space_of("a=1,2", "b=interval(0,1)", "c=1", "a=7", "c=interval(0,1)")
-        assert fixed == ["a=7"]
-        assert set(space) == {"b", "c"}
+        assert space_of(f"x={text}")["x"].choices == choices
 
     @pytest.mark.parametrize("text", ["tag(log,interval(0,1))", "interval(1,0)", "range(3,3)"])
     def test_impossible_ranges(self, text):
@@ -166,7 +161,7 @@ def test_random_trials_are_in_their_ranges(search):
 
 
 def test_the_command_line_wins(search):
-    search(lr, "batch=32", "start=range(20,22)")
+    search(lr, "batch=1,2", "start=range(20,22)", "batch=32")
     assert all("batch=32" in job for job in search.jobs)
     assert {values(job)["start"] for job in search.jobs} <= {20, 21}
 
@@ -185,7 +180,7 @@ def test_best_and_summary(search, caplog, direction, choose):
     [job] = [job for job in search.jobs if f"variant={best['trial']}" in job]
     assert set(best["overrides"]) < set(job)
     assert best["run"] == best["trial"]
-    assert f"{best['trial']}, {best['objective']:.5g}: {' '.join(best['overrides'])}" in caplog.text
+    assert f"{best['trial']}, score_onestep {best['objective']:.5g}: {' '.join(best['overrides'])}" in caplog.text
 
 
 def test_complete_search_runs_nothing(search, caplog):
@@ -269,7 +264,7 @@ def test_diverged_trials_are_the_worst(search, direction):
 def test_all_diverged(search, caplog):
     caplog.set_level("INFO")
     search(lambda job: math.inf)
-    assert "no trial has finished" in caplog.text
+    assert "4 trials (4 diverged), none to compare" in caplog.text
     assert search.summary["best"] is None
 
 

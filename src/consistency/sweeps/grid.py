@@ -9,6 +9,7 @@ import re
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,11 @@ class Multirun(Sweeper):
         """The study's folder."""
         return Path(str(self.config.hydra.sweep.dir))
 
-    def parse(self, params: Mapping[str, Any], arguments: Sequence[str]) -> list[Override]:
-        """Ranges of a file, then those of the command line, which win."""
+    def parse(self, params: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Override]:
+        """Name -> override, of a file and of the command line; of one name the last wins."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        return parser.parse_overrides([*(f"{name}={values}" for name, values in params.items()), *arguments])
+        overrides = parser.parse_overrides([*(f"{name}={values}" for name, values in params.items()), *arguments])
+        return {override.get_key_element(): override for override in overrides}
 
     def launch(self, jobs: Sequence[Sequence[str]]) -> list[Run]:
         """Carry out runs, by their overrides; those that do not compose do not keep the others from it."""
@@ -101,6 +103,7 @@ class Multirun(Sweeper):
         return runs
 
 
+@dataclass
 class StudySweeper(Multirun):
     """Hydra's grid, with variants of several settings each, and a failed run that does not end the study.
 
@@ -110,16 +113,13 @@ class StudySweeper(Multirun):
         params: Axes of the grid beside those of the command line, which wins.
     """
 
-    def __init__(
-        self,
-        variants: Mapping[str, Sequence[str]] | None = None,
-        params: Mapping[str, str] | None = None,
-    ) -> None:
-        self.variants, self.params = variants or {}, params or {}
+    variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
 
     def carry_out(self, arguments: Sequence[str]) -> dict[str, str]:
         """Launch all runs at once."""
-        chosen, overrides = choose(self.variants, self.parse(self.params, arguments))
+        overrides = self.parse(self.params, arguments)
+        chosen = choose(self.variants, overrides)
         jobs = [[*point, *own] for point in grid(overrides) for own in of_variants(self.variants, chosen, point)]
         runs = self.launch(jobs)
         named = zip(runs, labels(jobs), strict=True)
@@ -129,15 +129,14 @@ class StudySweeper(Multirun):
         return failed
 
 
-def grid(overrides: Sequence[Override]) -> list[list[str]]:
-    """Every combination of the values that are listed; of one name the last override wins.
+def grid(overrides: Mapping[str, Override]) -> list[list[str]]:
+    """Every combination of the values that are listed.
 
     Raises:
         ValueError: if a range has no list of values.
     """
-    axes: dict[str, list[str]] = {}
-    for override in overrides:
-        name = override.get_key_element()
+    axes = []
+    for name, override in overrides.items():
         if override.is_interval_sweep():
             raise ValueError(
                 f"{override.input_line} is a range to search, and a grid needs values, as {name}=1,2; add "
@@ -145,23 +144,22 @@ def grid(overrides: Sequence[Override]) -> list[list[str]]:
             )
         is_axis = override.is_sweep_override()
         values = override.sweep_string_iterator() if is_axis else [override.get_value_element_as_str()]
-        axes[name] = [f"{name}={value}" for value in values]
-    return [list(point) for point in itertools.product(*axes.values())]
+        axes.append([f"{name}={value}" for value in values])
+    return [list(point) for point in itertools.product(*axes)]
 
 
-def choose(variants: Mapping[str, Any], overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
+def choose(variants: Mapping[str, Any], overrides: dict[str, Override]) -> list[str]:
     """Take `variant=A,B` out of the overrides; without it, all variants.
 
     Raises:
         ValueError: if there is no variant of that name.
     """
-    asked = [override for override in overrides if override.key_or_group == "variant"]
-    if not asked or not variants:
-        return list(variants), list(overrides)
-    names = [point[0].partition("=")[2] for point in grid(asked[-1:])]
+    if not variants or "variant" not in overrides:
+        return list(variants)
+    names = [point[0].partition("=")[2] for point in grid({"variant": overrides.pop("variant")})]
     if unknown := [name for name in names if name not in variants]:
         raise ValueError(f"variant must be of {', '.join(variants)}, got {', '.join(unknown)}")
-    return names, [override for override in overrides if override not in asked]
+    return names
 
 
 def of_variants(variants: Mapping[str, Sequence[str]], chosen: Sequence[str], point: Sequence[str]) -> list[list[str]]:
