@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 import composing
 from consistency import config
-from consistency.sweeps.variants import key
+from consistency.sweeps.grid import key
 
 ABLATIONS = sorted(path.stem for path in (config.EXPERIMENTS_DIR / "ablation").glob("*.yaml"))
 OF_DISTILLATION = [name for name in ABLATIONS if name.startswith("cd_")]

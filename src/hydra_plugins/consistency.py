@@ -1,13 +1,13 @@
 """Where Hydra looks for plugins: it takes classes of this package only."""
 
-from consistency.sweeps import launcher, search, variants
+from consistency.sweeps import grid, launcher, search
 
 
 class LocalLauncher(launcher.LocalLauncher):
     """`hydra/launcher=local`."""
 
 
-class StudySweeper(variants.StudySweeper):
+class StudySweeper(grid.StudySweeper):
     """`hydra/sweeper=study`."""
 
 

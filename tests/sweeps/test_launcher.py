@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from consistency.sweeps import launcher as module
 from consistency.sweeps.launcher import LocalLauncher
 from consistency.sweeps.slots import find_slots, visible_gpus
+from consistency.sweeps.study import plan_runs
 
 SCRIPT = """
 import json, os, sys, time, pathlib
@@ -38,14 +39,14 @@ while len(list(run_dir.parent.glob('*/at-work'))) < int(os.environ.get('MEET', '
     time.sleep(0.01)
 time.sleep(float(os.environ.get('NAP', '0')))
 seen = {name: os.environ.get(name) for name in ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')}
-facts = {'state': 'finished', 'objective': float(value), 'objective_name': 'loss'}
+facts = {'state': 'finished', 'objective': float(value.strip('numberedsame')), 'objective_name': 'loss'}
 (run_dir / 'status.json').write_text(json.dumps({**facts, 'seen': seen, 'from': start, 'to': time.time()}))
 """
 
 
 @pytest.fixture
-def launch(tmp_path, monkeypatch):
-    """Launch jobs `x=VALUE`; `x=nope` does not compose."""
+def local(tmp_path, monkeypatch):
+    """A launcher of small scripts: `x=VALUE` does what VALUE says; `x=nope` does not compose."""
 
     def fake_command(hydra, overrides, run_dir, study_name):
         return [sys.executable, "-c", SCRIPT, str(run_dir), overrides[-1]]
@@ -54,21 +55,31 @@ def launch(tmp_path, monkeypatch):
         if overrides[-1] == "x=nope":
             raise RuntimeError("Could not find 'x/nope'\n\nAvailable options: 1, 2")
         subdir = "same" if overrides[-1].startswith("x=same") else overrides[-1]
-        return OmegaConf.create({"hydra": {"sweep": {"subdir": subdir}}, "trainer": {"accelerator": "auto"}})
+        subdir = "${hydra.job.num}" if overrides[-1].startswith("x=numbered") else subdir
+        hydra = {"sweep": {"subdir": subdir}, "job": {"num": "???"}}
+        return OmegaConf.create({"hydra": hydra, "trainer": {"accelerator": "auto"}})
 
-    loader = SimpleNamespace(load_sweep_config=load_sweep_config)
-
-    def launch(*values, **settings):
-        local = LocalLauncher(**{"slots": 2, **settings})
+    def local(**settings):
+        launcher = LocalLauncher(**{"slots": 2, **settings})
         config = OmegaConf.create(
             {"hydra": {"sweep": {"dir": str(tmp_path)}, "hydra_logging": None, "verbose": False}, "study_name": "s"}
         )
-        context = SimpleNamespace(config_loader=loader)
-        local.setup(hydra_context=context, task_function=None, config=config)
-        return local.launch([[f"x={value}"] for value in values], 0)
+        context = SimpleNamespace(config_loader=SimpleNamespace(load_sweep_config=load_sweep_config))
+        launcher.setup(hydra_context=context, task_function=None, config=config)
+        return launcher
 
-    launch.loader = loader
     monkeypatch.setattr(module, "command_of", fake_command)
+    return local
+
+
+@pytest.fixture
+def launch(local):
+    """Carry out runs `x=VALUE`."""
+
+    def launch(*values, **settings):
+        launcher = local(**settings)
+        return launcher.run(plan_runs(launcher.hydra_context, launcher.config, [[f"x={value}"] for value in values]))
+
     return launch
 
 
@@ -76,76 +87,53 @@ def status(folder, value):
     return json.loads((folder / f"x={value}" / "status.json").read_text())
 
 
-def test_results_come_back_in_order(launch):
-    results = launch(3, 1, 2, slots=1)
-    assert [result.return_value for result in results] == [3.0, 1.0, 2.0]
-    assert all(result.status == JobStatus.COMPLETED for result in results)
+def test_a_sweeper_of_others_gets_objectives_in_order(local):
+    results = local(slots=1).launch([["x=3"], ["x=raises"], ["x=1"]], 0)
+    assert [result.status for result in results] == [JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED]
+    assert [results[0].return_value, results[2].return_value] == [3.0, 1.0]
+    with pytest.raises(RuntimeError, match="no good"):
+        _ = results[1].return_value
 
 
-def test_a_run_that_fails_or_dies_does_not_touch_the_others(launch, tmp_path, caplog):
-    results = launch(1, "raises", "dies", "mute", "nope", 2)
-    assert [result.status == JobStatus.COMPLETED for result in results] == [True, False, False, False, False, True]
-    assert "no good" in str(results[1]._return_value)
-    assert status(tmp_path, "dies") == {
-        "state": "failed",
-        "step": 3,
-        "error": "killed by signal 9 (SIGKILL); out of memory?; its last line: so far so good",
-    }
-    assert "cannot start" in status(tmp_path, "mute")["error"]
-    assert "SIGKILL" in (tmp_path / "x=dies/train.log").read_text()
-    assert "cannot start" in str(results[3]._return_value)
-    (invalid,) = tmp_path.glob("invalid-*")
-    assert "Could not find 'x/nope'" in json.loads((invalid / "status.json").read_text())["error"]
-    assert "Traceback" in (invalid / "train.log").read_text()
-    assert list(json.loads((tmp_path / "study.json").read_text())["runs"]) == [
-        *("x=1", "x=raises", "x=dies", "x=mute"),
-        invalid.name,
-        "x=2",
+def test_a_run_that_fails_or_dies_does_not_touch_the_others(launch, tmp_path):
+    runs = launch(1, "raises", "dies", "mute", "nope", 2)
+    dead = "killed by signal 9 (SIGKILL); out of memory?; its last line: so far so good"
+    assert [run.error for run in runs] == [
+        *(None, "ValueError: no good", dead, "exit code 1; its last line: cannot start"),
+        *("Could not find 'x/nope'", None),
     ]
+    assert status(tmp_path, "dies") == {"state": "failed", "step": 3, "error": dead}
+    assert "SIGKILL" in (tmp_path / "x=dies/train.log").read_text()
+    listed = json.loads((tmp_path / "study.json").read_text())["runs"]
+    assert list(listed) == ["x=1", "x=raises", "x=dies", "x=mute", "x=2"]
+
+
+def test_a_folder_that_cannot_be_made_does_not_touch_the_others(launch, tmp_path):
+    (tmp_path / "x=1").write_text("a file in its place")
+    first, second = launch(1, 2)
+    assert "x=1" in first.error
+    assert second.error is None
 
 
 def test_a_refused_run_keeps_its_status(launch, tmp_path):
     """Another process may be in the middle of it."""
     (tmp_path / "x=refused").mkdir()
     (tmp_path / "x=refused/status.json").write_text('{"state": "running"}')
-    (result,) = launch("refused")
-    assert "in use by another" in str(result._return_value)
+    (run,) = launch("refused")
+    assert run.error == "in use by another"
     assert status(tmp_path, "refused") == {"state": "running"}
 
 
 def test_an_old_failure_is_not_taken_for_the_new_one(launch, tmp_path):
     (tmp_path / "x=mute").mkdir()
     (tmp_path / "x=mute/status.json").write_text('{"state": "failed", "error": "OLD", "step": 2}')
-    (result,) = launch("mute")
-    assert "cannot start" in str(result._return_value)
-    assert status(tmp_path, "mute")["step"] == 2
-    assert "OLD" not in status(tmp_path, "mute")["error"]
+    (run,) = launch("mute")
+    assert status(tmp_path, "mute") == {"state": "failed", "step": 2, "error": run.error}
+    assert "cannot start" in run.error
 
 
-def test_a_corrected_command_takes_the_failed_run_out_of_the_list(launch, tmp_path, monkeypatch):
-    launch("nope")
-    assert [name.startswith("invalid-") for name in json.loads((tmp_path / "study.json").read_text())["runs"]] == [True]
-    monkeypatch.setattr(launch.loader, "load_sweep_config", composes)
-    launch("nope")
-    assert list(json.loads((tmp_path / "study.json").read_text())["runs"]) == ["x=nope"]
-
-
-def composes(config, overrides):
-    return OmegaConf.create({"hydra": {"sweep": {"subdir": overrides[-1]}}, "trainer": {"accelerator": "auto"}})
-
-
-def test_directories_may_be_numbered(launch, tmp_path, monkeypatch):
-    def numbered(config, overrides):
-        return OmegaConf.create(
-            {
-                "hydra": {"sweep": {"subdir": "${hydra.job.num}"}, "job": {"num": "???"}},
-                "trainer": {"accelerator": "cpu"},
-            }
-        )
-
-    monkeypatch.setattr(launch.loader, "load_sweep_config", numbered)
-    launch(5, 6)
-    assert sorted(path.parent.name for path in tmp_path.glob("*/status.json")) == ["0", "1"]
+def test_directories_may_be_numbered(launch, tmp_path):
+    assert [run.run_dir.name for run in launch("numbered1", "numbered2")] == ["0", "1"]
 
 
 def test_as_many_at_a_time_as_there_are_slots(launch, tmp_path, monkeypatch):
@@ -167,7 +155,7 @@ def test_slots_reach_the_runs_before_torch_does(launch, tmp_path, monkeypatch):
     monkeypatch.setenv("MEET", "2")
     launch(1, 2, 3, slots="auto", gpus=2)
     seen = [status(tmp_path, value)["seen"]["CUDA_VISIBLE_DEVICES"] for value in (1, 2, 3)]
-    assert seen[:2] == ["4,5", "6,7"]
+    assert set(seen[:2]) == {"4,5", "6,7"}
     assert seen[2] in seen[:2]
 
 
@@ -252,19 +240,16 @@ class TestSlots:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
         slots = find_slots("auto", gpus=1, threads=3)
-        assert [slot.environment["OMP_NUM_THREADS"] for slot in slots] == ["3", "3"]
+        assert [slot["OMP_NUM_THREADS"] for slot in slots] == ["3", "3"]
 
     def test_more_slots_than_gpus_share_them(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in find_slots(3, gpus=1, threads=1)] == [
-            "0",
-            "1",
-            "0",
-        ]
+        slots = find_slots(3, gpus=1, threads=1)
+        assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1", "0"]
 
     def test_gpus_are_left_alone_by_cpu_runs(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        assert "CUDA_VISIBLE_DEVICES" not in find_slots(1, gpus=0, threads=1)[0].environment
+        assert "CUDA_VISIBLE_DEVICES" not in find_slots(1, gpus=0, threads=1)[0]
 
     @pytest.mark.parametrize(
         ("settings", "words"),

@@ -134,7 +134,6 @@ def _end(cfg: DictConfig, method: Method, callbacks: list[Any], run_dir: Path, s
         if is_first_rank:
             write_status(run_dir, state="pruned", **facts)
             log.info("pruned after %s images: other trials of the search are better", f"{facts['images_seen']:,}")
-            of_search.tell(None)
         return facts["objective"]
     # What stopped it was a signal, or a limit of the trainer such as max_time.
     number = next((callback.interrupted_by for callback in callbacks if isinstance(callback, RunCheckpoint)), None)
@@ -148,8 +147,6 @@ def _end(cfg: DictConfig, method: Method, callbacks: list[Any], run_dir: Path, s
     if is_first_rank:
         _export(method, callbacks, run_dir, cfg)
         write_status(run_dir, state="finished", **facts)
-        if of_search is not None:
-            of_search.tell(facts["objective"])
         log.info("trained %s images in %.0f s", f"{facts['images_seen']:,}", facts["seconds"])
         log_outputs(run_dir, cfg.imports)
     return facts["objective"]

@@ -1,1 +1,1 @@
-"""Many runs by one command: which runs (sweepers), and how they are carried out (the launcher)."""
+"""Many runs by one command: which runs (a grid, variants, a search), and the launcher that carries them out."""

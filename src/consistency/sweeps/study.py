@@ -1,98 +1,99 @@
-"""The folder of a multirun: `study.json` lists its runs, those that have not started too."""
+"""The folder of a multirun: its runs, and `study.json`, which lists them, those that have not started too."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consistency.io.run_dir import is_name, locked
-from consistency.io.safe_load import read_json
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
 
-log = logging.getLogger(__name__)
+from consistency.io.atomic import write_text
+from consistency.io.run_dir import locked
+from consistency.io.safe_load import first_line, read_json
 
 STUDY_FILE = "study.json"
-INVALID = "invalid-"  # begins the name of a run that does not compose
 
 
-@contextmanager
-def in_one_line() -> Iterator[None]:
-    """End with one line where the user's command is wrong; HYDRA_FULL_ERROR=1 shows the traceback."""
-    try:
-        yield
-    except ValueError as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
-            raise
-        sys.exit(f"consistency: {error}".splitlines()[0])
+@dataclass
+class Run:
+    """One run of a multirun; without a directory and a configuration, it does not compose."""
+
+    overrides: list[str]
+    run_dir: Path | None = None
+    config: DictConfig | None = None
+    error: str | None = None  # one line of why it failed; None: it has not
+
+
+def plan_runs(context: HydraContext, config: DictConfig, jobs: Sequence[Sequence[str]], first: int = 0) -> list[Run]:
+    """Compose the runs, which gives their directories, and list them in `study.json`.
+
+    Args:
+        context: Hydra's, with the loader of configurations.
+        config: Of the multirun.
+        jobs: Overrides of each run.
+        first: Number of the first run, for `${hydra.job.num}`.
+
+    Raises:
+        ValueError: if two runs would share a directory.
+    """
+    folder = Path(str(config.hydra.sweep.dir))
+    runs = []
+    listed: dict[str, list[str]] = {}
+    for number, job in enumerate(map(list, jobs), first):
+        try:
+            composed = context.config_loader.load_sweep_config(config, job)
+            OmegaConf.update(composed, "hydra.job.num", number, force_add=True)
+            name = str(composed.hydra.sweep.subdir)
+        except Exception as error:  # Hydra, OmegaConf and resolvers raise of many kinds
+            runs.append(Run(job, error=first_line(error)))
+            continue
+        if name in listed:
+            raise ValueError(
+                f"two runs would share {folder / name} ({' '.join(listed[name])}, {' '.join(job)}); leave run_name "
+                "out, and values that are given twice"
+            )
+        listed[name] = job
+        runs.append(Run(job, folder / name, composed))
+    note_runs(folder, str(config.study_name), listed)
+    return runs
 
 
 def note_runs(folder: Path, name: str, runs: Mapping[str, Sequence[str]]) -> None:
-    """Add runs (directory -> overrides) to the list, which keeps what earlier commands put there."""
+    """Add runs (directory -> overrides) to `study.json`, which keeps what earlier commands put there."""
+    with locked(folder / STUDY_FILE):
+        known = listed_runs(folder)
+        known.update({run: {"overrides": list(overrides)} for run, overrides in runs.items()})
+        content = {"study": name, "command": shlex.join(["consistency-train", *sys.argv[1:]]), "runs": known}
+        write_text(folder / STUDY_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def listed_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs in `study.json`: directory -> {"overrides": [...]}.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     file = folder / STUDY_FILE
-    with locked(file):
-        listed = _read(file)
-        command = shlex.join(["consistency-train", *sys.argv[1:]])
-        earlier = {
-            run: about for run, about in listed.get("runs", {}).items() if not _is_over(folder / run, about, runs)
-        }
-        known = {**earlier, **{run: {"overrides": list(given)} for run, given in runs.items()}}
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"study": name, "command": command, "runs": known}, indent=1) + "\n")
-        os.replace(partial, file)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The list; a damaged one is set aside, the runs are in their folders all the same."""
-    if not file.exists():
-        return {}
     try:
-        listed = read_json(file)
-        runs = listed.get("runs", {}).values()
-        if all(isinstance(about["overrides"], list) for about in runs):
-            return listed
-    except (ValueError, AttributeError, LookupError, TypeError):
+        runs = read_json(file)["runs"] if file.exists() else {}
+        if all(isinstance(about["overrides"], list) for about in runs.values()):
+            return dict(runs)
+    except (ValueError, LookupError, TypeError, AttributeError):
         pass
-    aside = file.with_suffix(f".damaged-{time.time_ns()}")
-    file.rename(aside)
-    log.warning("%s is damaged; set aside as %s and begun anew", file, aside.name)
-    return {}
+    raise ValueError(f"{file} is damaged; move it away, it is made again (the runs are in their own folders)")
 
 
-def check_folder(name: object) -> None:
-    """Refuse a study outside of outputs/, before anything is written there.
-
-    Raises:
-        ValueError: if the name is not that of a folder.
-    """
-    if not is_name(name):
-        raise ValueError(f"study_name must be of letters, digits and . , = + - _ (a folder in outputs/), got {name!r}")
-
-
-def check_no_estimate(arguments: Sequence[str]) -> None:
-    """Refuse to estimate many runs at once: side by side they would slow each other down.
-
-    Raises:
-        ValueError: if an argument sets `estimate`.
-    """
-    if any(argument.lstrip("+").startswith("estimate=") for argument in arguments):
-        raise ValueError("estimate=true is for one run; leave out -m, ablation= and sweep=")
-
-
-def _is_over(run_dir: Path, about: Mapping[str, Any], runs: Mapping[str, Sequence[str]]) -> bool:
-    """Whether an entry is of a run that did not compose, and now does or was removed."""
-    is_invalid = run_dir.name.startswith(INVALID)
-    return is_invalid and (not run_dir.exists() or list(about["overrides"]) in [list(given) for given in runs.values()])
-
-
-def shown(overrides: Sequence[str], all_overrides: Sequence[Sequence[str]]) -> str:
-    """What tells these overrides from the others; what a variant sets comes after its name."""
-    end = next((i + 1 for i, entry in enumerate(overrides) if entry.startswith("variant=")), len(overrides))
-    different = [entry for entry in overrides[:end] if not all(entry in other for other in all_overrides)]
-    return " ".join(different) or " ".join(overrides[:end])
+def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """The overrides that tell each run from the others; what a variant sets comes after its name and is left out."""
+    shared = set.intersection(*map(set, jobs)) if jobs else set()
+    found = []
+    for job in jobs:
+        end = next((i + 1 for i, entry in enumerate(job) if entry.startswith("variant=")), None)
+        found.append(" ".join(entry for entry in job[:end] if entry not in shared) or " ".join(job[:end]))
+    return found

@@ -1,44 +1,50 @@
-"""Runs of a search that stop early: their scores go to the search, whose pruner judges them."""
+"""Runs of a search that stop early, because the runs beside them are better."""
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from consistency.io.safe_load import first_line, read_json
 from consistency.training.quality import QualityCallback
+from consistency.training.scores_file import SCORES_FILE, read_scores
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.pruners import BasePruner
 
 log = logging.getLogger(__name__)
 
 
 class PruneTrial(Callback):
-    """Report each measurement of `QualityCallback` to one trial of a search, and stop the run when its pruner says so.
+    """After each measurement of `QualityCallback`, stop the run if a pruner says so.
 
-    All it needs is the search's file, so runs may be on any machine that sees it. Pruners compare trials at equal
-    steps; a step here is the number of images after which the measurement was due (a multiple of `every_n_images`), so
-    that trials of different batches meet. `hydra/sweeper=search` adds this callback to its runs, after all others.
+    The pruner sees what the runs of the search have measured, in their `quality.jsonl`, and how they ended, in their
+    `status.json`. So all that a run needs is the folder of the search, on any machine that sees it. Pruners compare
+    trials at equal steps; a step here is the number of images after which a measurement was due (a multiple of
+    `every_n_images`), so that trials with different batch sizes are compared at the same steps. `hydra/sweeper=search`
+    adds this callback to its runs, after all others.
 
     Args:
-        storage: The search's file, an Optuna journal.
-        study: Name of the study in it.
-        trial: Number of the trial in the study.
+        study: Name of the search.
         pruner: An Optuna pruner; its steps are images.
+        direction: `minimize` or `maximize`.
         objective: Score that counts; None for the first.
     """
 
-    def __init__(self, storage: str, study: str, trial: int, pruner: Any, objective: str | None = None) -> None:
-        self.path, self.study_name, self.number = Path(storage), study, trial
-        self.pruner, self.objective = pruner, objective
+    def __init__(
+        self, study: str, pruner: BasePruner, direction: str = "minimize", objective: str | None = None
+    ) -> None:
+        self.study, self.pruner, self.direction, self.objective = study, pruner, direction, objective
         self.pruned = False
-        self._quality: Any = None
+        self._quality: QualityCallback | None = None
         self._seen: dict[str, float] = {}
-        self._study: Any = None  # on the first rank only, as the two below
-        self._storage: Any = None
-        self._trial_id = -1
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Find the scores.
@@ -61,74 +67,67 @@ class PruneTrial(Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """What a checkpoint knows of earlier scores is no news."""
+        """Take scores of a checkpoint for old ones."""
+        assert self._quality is not None
         self._seen = self._quality.last
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Open the search."""
-        if trainer.is_global_zero:
-            self._open()
-
-    def _open(self) -> None:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        if not self.path.exists():  # Optuna would make an empty one
-            raise ValueError(f"callbacks.prune.storage is {self.path}, which is not there; start the search again")
-        # The whole path: Optuna's lock is a link to it, and cannot be freed after a crash if it leads nowhere.
-        self._storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.path.absolute())))
-        try:
-            self._study = optuna.load_study(study_name=self.study_name, storage=self._storage, pruner=self.pruner)
-            study_id = self._storage.get_study_id_from_name(self.study_name)
-            self._trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, self.number)
-        except KeyError:
-            raise ValueError(
-                f"callbacks.prune: {self.path} has no trial {self.number} of {self.study_name}; start the search again"
-            ) from None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a measurement, ask whether to go on; all ranks come here at the same count, the first one asks."""
+        assert self._quality is not None
         if self._quality.last is self._seen:
             return
         self._seen = self._quality.last
-        is_bad = trainer.is_global_zero and self._report(pl_module.progress.images_seen)
-        stop = is_bad and not pl_module.progress.is_over
+        stop = trainer.is_global_zero and self._is_bad() and not pl_module.progress.is_over
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             self.pruned = True
             trainer.should_stop = True
 
-    def _report(self, images_seen: int) -> bool:
-        """Write the score down; True if the trial is not worth going on with. A lost disk does not end the run."""
-        from optuna.exceptions import UpdateFinishedTrialError
+    def _is_bad(self) -> bool:
+        """Replay the search up to now, this run last; a lost disk does not end the run."""
+        import optuna
 
-        every = self._quality.every_n_images
-        step = images_seen // every * every
+        assert self._quality is not None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        direction = optuna.study.StudyDirection[self.direction.upper()]
+        study = optuna.create_study(study_name=self.study, direction=direction, pruner=self.pruner)
+        own = self._quality.dirpath
         try:
-            trial = self._storage.get_trial(self._trial_id)
-            if trial.state.is_finished():  # trained again by hand
-                return False
-            if step not in trial.intermediate_values:  # it is, if the run was killed after the report
-                self._storage.set_trial_intermediate_value(self._trial_id, step, self._seen[str(self.objective)])
-            return bool(self.pruner.prune(self._study, self._storage.get_trial(self._trial_id)))
-        except (OSError, UpdateFinishedTrialError) as error:
-            log.warning("the search was not told of the score after %s images: %s", f"{images_seen:,}", error)
+            runs = {_number(file.parent): file.parent for file in sorted(own.parent.glob(f"trial*/{SCORES_FILE}"))}
+            trials = [study.ask() for _ in range(max(runs) + 1)]
+            for number, run in runs.items():
+                if run != own:
+                    self._report(run, trials[number])
+                    _tell_end(study, run, trials[number])
+            return self._report(own, trials[_number(own)])
+        except OSError as error:
+            log.warning("the scores of the search cannot be read, the run goes on: %s", first_line(error))
             return False
 
-    def tell(self, value: float | None) -> None:
-        """Say how the run ended, for the pruners of the runs beside it; the sweeper says it where this could not.
+    def _report(self, run_dir: Path, trial: Trial) -> bool:
+        """Report the scores of a run, with the pruner's questions in between: some pruners keep what they answered."""
+        assert self._quality is not None
+        is_bad = False
+        for step, value in read_scores(run_dir, str(self.objective), self._quality.every_n_images).items():
+            trial.report(value, step)
+            is_bad = trial.should_prune()
+        return is_bad
 
-        Args:
-            value: The objective; not used if the run was pruned.
-        """
-        if self._study is None or not (self.pruned or (value is not None and math.isfinite(value))):
-            return
-        from optuna.trial import TrialState
 
-        try:
-            if self.pruned:
-                self._study.tell(self.number, state=TrialState.PRUNED, skip_if_finished=True)
-            else:
-                self._study.tell(self.number, value, skip_if_finished=True)
-        except OSError as error:
-            log.warning("the search was not told of the end: %s", error)
+def _number(run_dir: Path) -> int:
+    """Of the trial: `trial007-5f2a90` -> 7; pruners may go by it."""
+    return int(re.sub(r"trial(\d+).*", r"\1", run_dir.name))
+
+
+def _tell_end(study: Study, run_dir: Path, trial: Trial) -> None:
+    """Tell the end of a run, if it has ended."""
+    from optuna.trial import TrialState
+
+    try:
+        status = read_json(run_dir / "status.json")
+        state, value = status.get("state"), status.get("objective")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return
+    if state == "pruned":
+        study.tell(trial, state=TrialState.PRUNED)
+    elif state == "finished" and isinstance(value, int | float) and math.isfinite(value):
+        study.tell(trial, value)
