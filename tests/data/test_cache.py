@@ -207,13 +207,6 @@ def test_two_processes_build_once(tmp_path):
     assert said[0][1] == said[1][1] == str(int(Counting().images.sum()))
 
 
-def test_long_builds_report_in_a_log(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "_QUIET_SECONDS", 0.0)
-    with caplog.at_level("INFO"):
-        build(tmp_path)
-    assert "10 of 10 images" in caplog.text
-
-
 def test_meta_is_plain_json(tmp_path):
     meta = json.loads((build(tmp_path, crop=partial(edm)).folder / "meta.json").read_text())
     assert meta["crop"][0] == "consistency.data.cropping.edm"

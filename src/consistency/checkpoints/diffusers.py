@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints.layouts import described, diffusers_modules, fill, ratio
-from consistency.checkpoints.sizes import check_network
-from consistency.checkpoints.tensors import read_tensors
+from consistency.checkpoints.layouts import check_depth, described, diffusers_modules, fill, ratio
 from consistency.io.safe_load import read_json
+from consistency.io.tensors import read_state
 from consistency.models.denoiser import Denoiser
 from consistency.models.layers import SelfAttention
 from consistency.models.parametrization import EDM
@@ -57,11 +56,11 @@ def read_diffusers(source: str | Path) -> tuple[UNet, dict[str, Any]]:
     weights = next((folder / "unet" / name for name in WEIGHTS if (folder / "unet" / name).exists()), None)
     if weights is None:
         raise ValueError(f"{folder / 'unet'} has no weights; expected {' or '.join(WEIGHTS)}")
-    tensors = read_tensors(weights)
+    tensors = read_state(weights)
     with described(folder, "a diffusers pipeline"):
         tensors = _stack_qkv(tensors)
         ours = _our_config(config, str(folder))
-        check_network({"name": "unet", "arguments": ours}, tensors)
+        check_depth({"name": "unet", "arguments": ours}, tensors)
         network = UNet(**ours)
         fill(network, tensors, diffusers_modules(network), source=str(weights), label_table=True)
     return network, {name: scheduler.get(name) for name in ("sigma_data", "sigma_min", "sigma_max")}

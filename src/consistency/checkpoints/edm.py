@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints.layouts import described, edm_modules, fill, ratio, rows_from_head_dim_three
+from consistency.checkpoints.layouts import check_depth, described, edm_modules, fill, ratio, rows_from_head_dim_three
 from consistency.checkpoints.pickles import LEGACY_MAGIC, Record, read_pickle
-from consistency.checkpoints.sizes import check_network
-from consistency.checkpoints.tensors import is_zip, read_tensors
+from consistency.io.tensors import read_state
 from consistency.models.parametrization import Parametrization
 from consistency.models.register import build, describe_parametrization, find
 from consistency.models.table1 import IDDPM
@@ -71,7 +70,7 @@ def read_edm(
             config["head_channels"] = head_channels or known or HEAD_CHANNELS
         said.pop("head_channels", None)
         config["dropout"] = said.pop("dropout", 0.0)
-        check_network({"name": "unet", "arguments": config}, tensors)
+        check_depth({"name": "unet", "arguments": config}, tensors)
         network = UNet(**config)
         fill(
             network,
@@ -86,11 +85,13 @@ def read_edm(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, what the file says beside them)."""
-    if path.suffix == ".safetensors" or is_zip(path):
-        return read_tensors(path), {}
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # torch's newer format, complete or cut short
+    if path.suffix == ".safetensors" or is_zip:
+        return read_state(path), {}
     contents = read_pickle(path)
     if contents == LEGACY_MAGIC:
-        return read_tensors(path), {}
+        return read_state(path), {}
     model = contents.get("ema") if isinstance(contents, dict) else contents
     if not isinstance(model, Record):
         raise ValueError(f"{path} holds no network under 'ema'; expected a snapshot of NVlabs/edm")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from consistency.io.safe_load import first_line
 from consistency.models.layers import ConvResample, ResidualBlock
+from consistency.models.register import find
 from consistency.models.unet import UNet
 
 
@@ -204,6 +205,24 @@ def fill(
             theirs = rows(theirs, attention.num_heads)
         state[ours] = theirs.contiguous()
     network.load_state_dict(state)
+
+
+def check_depth(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Refuse settings of a network of this package with more blocks than it has tensors: building it may never end.
+
+    Args:
+        description: Name and arguments of a registered network; wrong types fail with whatever error they cause.
+        tensors: By name.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    arguments = description["arguments"]
+    if not find("network", description["name"]).__module__.startswith("consistency."):
+        return  # its arguments may mean something else
+    blocks = len(arguments.get("channel_mult", [1])) * max(arguments.get(name, 0) for name in ("num_blocks", "depth"))
+    if not blocks <= len(tensors) + 1:  # each has several tensors
+        raise ValueError(f"its settings ask for {blocks:,} blocks, it holds {len(tensors):,} tensors")
 
 
 def ratio(width: int, channels: int) -> int | float:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from consistency.checkpoints.sizes import check_network, check_tensors
-from consistency.checkpoints.tensors import check_before_loading, read_tensors, what_torch_said
-from consistency.io.atomic import verify_zip
+from consistency.checkpoints.layouts import check_depth
+from consistency.io.atomic import verify_zip, write_text
 from consistency.io.run_dir import CHECKPOINT, MODEL_FOLDER
 from consistency.io.safe_load import first_line, read_json
+from consistency.io.tensors import load_torch, read_state, write_safetensors
 from consistency.models.denoiser import Denoiser
 from consistency.models.legacy import upgrade_config
 from consistency.models.register import UnknownNameError
@@ -38,20 +33,13 @@ def save_denoiser(
         info: Plain values that say what this is: method, name of the weights, images seen, ...
         weights: Parameters of the denoiser that replace its own, e.g. an average.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value for key, value in denoiser.state_dict().items() if isinstance(value, Tensor)}
     tensors |= weights or {}
-    tensors = {key.removeprefix("network."): value.detach().cpu().contiguous() for key, value in tensors.items()}
+    tensors = {key.removeprefix("network."): value for key, value in tensors.items()}
+    write_safetensors(folder / "model.safetensors", tensors)
     text = json.dumps({"format": FORMAT, "denoiser": denoiser.config, "info": info}, indent=2)
-    save_file(tensors, folder / "model.safetensors.partial")
-    (folder / "config.json.partial").write_text(text + "\n")
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(folder / "config.json.partial", folder / "model.safetensors.partial")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(folder / f"{name}.partial", folder / name)
+    write_text(folder / "config.json", text + "\n")
     return folder
 
 
@@ -93,29 +81,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if it is damaged, or not a checkpoint.
+        OSError: if it cannot be read.
     """
-    try:
-        if path.exists():
-            check_before_loading(path)
-            if (damage := verify_zip(path)) is not None:
-                raise ValueError(damage)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocols of other people's pickles
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(contents, dict):
-            raise ValueError(f"it holds a {type(contents).__name__}")
-    except Exception as error:  # damaged zip files and pickles fail in every way
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # zipfile's, on wrong offsets
-            raise  # of the disk, not of the file
-        what = what_torch_said(error)
-        raise ValueError(f"{path} is not a readable checkpoint of this project: {what}") from error
+    what = "checkpoint of this project"
+    if (damage := verify_zip(path)) is not None:
+        raise ValueError(f"{path} is not a readable {what}: {damage}")
+    contents = load_torch(path, what)
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is not a readable {what}: it holds a {type(contents).__name__}")
     return contents
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str, Any]]:
     try:
         stored = read_json(folder / "config.json")
-        tensors = read_tensors(folder / "model.safetensors")
+        tensors = read_state(folder / "model.safetensors")
     except (OSError, ValueError) as error:
         raise ValueError(f"the model folder {folder} is damaged or not complete: {first_line(error)}") from error
     with _described(f"the model folder {folder}"):
@@ -129,7 +109,7 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[Denoiser, dict[str,
         )
     with _described(f"the model folder {folder}"):
         config = upgrade_config(stored["denoiser"], info.get("method"))
-        check_network(config["network"], tensors)
+        check_depth(config["network"], tensors)
         denoiser = Denoiser.from_config(config)
         denoiser.network.load_state_dict(tensors)
     return denoiser.eval(), info
@@ -166,9 +146,8 @@ def _load_checkpoint(path: Path, weights: str | None) -> tuple[Denoiser, dict[st
     prefix = "denoiser."
     with _described(str(path)):
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        check_tensors((value for value in own.values() if isinstance(value, Tensor)), path.stat().st_size)
         config = upgrade_config(config, checkpoint.get("consistency", {}).get("method"))
-        check_network(config["network"], own)
+        check_depth(config["network"], own)
         denoiser = Denoiser.from_config(config)
         denoiser.load_state_dict(own | averages.get(weights, {}))
         info = {**checkpoint.get("consistency", {}), "weights": weights, **state.get("progress._extra_state", {})}

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.checkpoints.layouts import described, fill, openai_modules, ratio
-from consistency.checkpoints.sizes import check_network
-from consistency.checkpoints.tensors import read_tensors
+from consistency.checkpoints.layouts import check_depth, described, fill, openai_modules, ratio
+from consistency.io.tensors import read_state
 from consistency.models.unet import UNet
 
 HEAD_CHANNELS = 64  # of every network that OpenAI published
@@ -35,7 +34,7 @@ def read_openai(
     Raises:
         ValueError: if the file is not such a state dict, or does not fit the arguments.
     """
-    tensors = read_tensors(source)
+    tensors = read_state(source)
     if flat := [name for name, value in tensors.items() if name.endswith(".qkv.weight") and value.ndim == 3]:
         raise ValueError(
             f"{source} has {flat[0]} of three dimensions, as guided-diffusion's networks, whose attention rows are in "
@@ -43,7 +42,7 @@ def read_openai(
         )
     with described(source, "OpenAI's layout"):
         config = _config(tensors, str(source), image_size, head_channels, num_heads)
-        check_network({"name": "unet", "arguments": config}, tensors)
+        check_depth({"name": "unet", "arguments": config}, tensors)
         network = UNet(**config)
         # The rows of qkv are in our order, although the class is called QKVAttentionLegacy (unet.py:397-438).
         fill(network, tensors, openai_modules(network), source=str(source), label_table=True)

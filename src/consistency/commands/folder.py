@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.config import is_neutral
 from consistency.io.atomic import write_text
+from consistency.io.nested import flatten
 from consistency.io.run_dir import MODEL_FOLDER
 from consistency.io.safe_load import read_json
 from consistency.models.legacy import upgrade_settings
@@ -118,14 +119,14 @@ def check_same_settings(cfg: DictConfig, before: dict[str, Any], run_dir: Path) 
 
 def _differences(old: dict[str, Any], cfg: DictConfig) -> str:
     """Settings that differ and change the result, as text; those that only repeat another one are left out."""
-    was, now = _flat(old), _flat(OmegaConf.to_container(cfg, resolve=True))
+    was, now = flatten(old), flatten(OmegaConf.to_container(cfg, resolve=True))
     # Data may have moved; whether they are the same is checked by what they hold. So is the number of processes.
     ignored = ["data.dataset.path", "paths.data_dir", "paths.cache_dir", *_OF_MACHINE]
     if is_rank_invariant(cfg):
         ignored.append("trainer.accumulate_grad_batches")
     keys = [key for key in was.keys() | now.keys() if key not in ignored and not is_neutral(key)]
     changed = sorted(key for key in keys if was.get(key) != now.get(key))
-    written = _flat(OmegaConf.to_container(cfg, resolve=False))
+    written = flatten(OmegaConf.to_container(cfg, resolve=False))
     own = [key for key in changed if key in written and not str(written[key]).startswith("${")]
     return ", ".join(f"{key}: {was.get(key)} -> {now.get(key)}" for key in (own or changed)[:5])
 
@@ -146,12 +147,6 @@ def _at(tree: Any, option: str) -> Any:
     for name in option.split("."):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def log_outputs(run_dir: Path, imports: Sequence[str] = ()) -> None:

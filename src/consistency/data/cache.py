@@ -12,14 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +26,15 @@ import torch
 from consistency.data.arrays import DecodedImages, ImageArray, histogram, mean_and_std
 from consistency.data.cropping import Crop
 from consistency.data.sources import Source
+from consistency.io.progress import counting
 from consistency.io.run_dir import locked
-from consistency.io.safe_load import first_line, read_json, read_npy_header
+from consistency.io.safe_load import first_line, read_json
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the layout, and of how pixels are made
+ARRAYS = ("images.npy", "labels.npy")
 _BLOCK_BYTES, _TASK = 8 << 20, 32  # written at a time; images that a thread decodes at a time
-_QUIET_SECONDS = 2.0  # no bar for what is done sooner
 
 
 def cached(
@@ -101,28 +99,17 @@ def _open(folder: Path) -> ImageArray | None:
             raise ValueError("mean and std are not lists of numbers")
         if not isinstance(meta["source"], str) or not isinstance(meta["sha256"]["images"], str):
             raise ValueError("source or sha256 is not text")
-        damaged = [name for name in ("images.npy", "labels.npy") if _size(folder / name) != meta["bytes"][name]]
+        damaged = [name for name in ARRAYS if (folder / name).stat().st_size != meta["bytes"][name]]
         if not damaged:
             # Copy on write: a mapping is shared until written to, and PyTorch does not warn of read-only memory.
-            arrays = (
-                np.load(folder / name, mmap_mode="c", allow_pickle=False) for name in ("images.npy", "labels.npy")
+            images, labels = (
+                torch.from_numpy(np.load(folder / name, mmap_mode="c", allow_pickle=False)) for name in ARRAYS
             )
-            images, labels = (torch.from_numpy(array) for array in arrays)
             return ImageArray(images, labels.long(), tuple(map(str, meta["classes"])), folder)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+    except Exception as error:  # NumPy's parser of headers fails in every way on damaged input
         damaged = [first_line(error)]
     log.warning("%s is damaged (%s) and will be built anew", folder, ", ".join(damaged))
     return None
-
-
-def _size(path: Path) -> int:
-    """Bytes of an `.npy`, if its header declares as many: a shorter one, mapped, would kill the process when read."""
-    with path.open("rb") as file:
-        shape, dtype = read_npy_header(file)
-        start, size = file.tell(), os.fstat(file.fileno()).st_size
-    if start + dtype.itemsize * math.prod(shape) != size:
-        raise ValueError(f"{path.name} declares {list(shape)} of {dtype} and has {size:,} bytes")
-    return size
 
 
 def _build(images: DecodedImages, folder: Path, settings: dict[str, Any]) -> None:
@@ -142,7 +129,7 @@ def _build(images: DecodedImages, folder: Path, settings: dict[str, Any]) -> Non
         _write(partial / "labels.npy", images.labels.numpy().shape, np.int64, [images.labels.numpy()])
         meta |= _write_images(images, partial / "images.npy", shape)
         meta["sha256"]["labels"] = hashlib.sha256(images.labels.numpy().tobytes()).hexdigest()
-        meta["bytes"] = {name: (partial / name).stat().st_size for name in ("images.npy", "labels.npy")}
+        meta["bytes"] = {name: (partial / name).stat().st_size for name in ARRAYS}
         with (partial / "meta.json").open("w") as file:
             json.dump(meta, file, indent=2)
             _sync(file)
@@ -162,7 +149,8 @@ def _write_images(images: DecodedImages, path: Path, shape: tuple[int, ...]) -> 
         return np.stack([images.decode(index) for index in indices])
 
     def blocks() -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, _progress(len(images), images.source.name) as advance:
+        what = f"caching {images.source.name}"
+        with ThreadPoolExecutor(os.cpu_count()) as pool, counting(what, len(images)) as advance:
             for start in range(0, len(images), size):
                 # Several a task: with small images, threads would spend their time handing over.
                 tasks = range(start, min(start + size, len(images)))
@@ -191,31 +179,6 @@ def _write(path: Path, shape: tuple[int, ...], dtype: type, blocks: Any) -> None
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def _progress(total: int, name: str) -> Iterator[Any]:
-    """A bar in a terminal, a line for each tenth in a log; nothing for what is done in two seconds."""
-    from rich.progress import Progress
-
-    started, done, shown = time.monotonic(), 0, 0
-    with Progress(transient=True, disable=True) as bar:
-        task = bar.add_task(f"caching {name}", total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done, shown
-            done += count
-            bar.update(task, completed=done)
-            if time.monotonic() - started < _QUIET_SECONDS:
-                return
-            if bar.console.is_terminal:
-                bar.disable = False
-                bar.start()
-            elif 10 * done // total > shown:
-                shown = 10 * done // total
-                log.info("caching %s: %d of %d images", name, done, total)
-
-        yield advance
 
 
 def _describe(crop: Crop) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from consistency.data.sources import Files
-from consistency.io.atomic import atomic_replace
+from consistency.io.atomic import atomic_write
 from consistency.io.safe_load import read_json, read_npz
 
 MANIFEST = "sampling.json"  # in a folder of samples: how they were drawn, and whether all are there
@@ -64,12 +63,9 @@ def save_gif(frames: Sequence[Tensor], path: Path, *, seconds: float = 0.3, last
 
     first, *others = [Image.fromarray(image_grid(frame).permute(1, 2, 0).numpy()) for frame in frames]
     durations = [round(1000 * seconds)] * len(others) + [round(1000 * last)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    first.save(
-        partial, format="GIF", save_all=True, append_images=others, duration=durations, loop=0, comment=_GRID.encode()
-    )
-    os.replace(partial, path)
+    options: dict[str, Any] = {"append_images": others, "duration": durations, "loop": 0, "comment": _GRID.encode()}
+    with atomic_write(path) as partial:
+        first.save(partial, format="GIF", save_all=True, **options)
 
 
 def is_grid(path: Path) -> bool:
@@ -154,10 +150,8 @@ def save_npz(
     Raises:
         ValueError: if the parts are not as many bytes as the shape says.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     left = int(np.prod(shape))
-    with zipfile.ZipFile(partial, "w") as archive:
+    with atomic_write(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for part in parts:
@@ -168,7 +162,6 @@ def save_npz(
             with archive.open("arr_1.npy", "w") as file:
                 npy.write_array(file, labels.numpy(), allow_pickle=False)
         archive.comment = note.encode()
-    atomic_replace(partial, path)
 
 
 def npz_note(path: Path) -> Any:
@@ -185,14 +178,9 @@ def save_png(image: Tensor, path: Path, **text: str) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     notes = PngInfo()
     for key, value in text.items():
         notes.add_text(key, value)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic_write(path, flush=False) as partial:  # a run of samples writes thousands
         Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(partial, format="PNG", pnginfo=notes)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
