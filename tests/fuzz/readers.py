@@ -29,7 +29,8 @@ from consistency.io.safe_load import read_npz, read_yaml
 from consistency.models.denoiser import Denoiser
 from consistency.models.parametrization import EDM
 from consistency.models.unet import UNet
-from consistency.report.study import read_study
+from consistency.report.group import make_groups
+from consistency.report.load import read_study
 from consistency.sweeps.study import note_runs
 from snapshots import snapshot
 
@@ -220,7 +221,7 @@ def _run(name):
 
 
 def _read_run(folder):
-    return [(run.told, run.seed, run.variant, run.final("fd_onestep")) for run in read_study(folder).runs]
+    return make_groups(read_study(folder)).runs
 
 
 READERS = {

@@ -10,14 +10,14 @@ from PIL import Image
 TARGETS = {"l2": "consistency.methods.metrics.l2", "pseudo_huber": "consistency.methods.metrics.pseudo_huber"}
 
 
-def composed(seed, *, metric="l2", c=None, lr=0.001, start=10, steps=100, variant=None):
+def composed(seed, *, metric="l2", c=None, lr=0.001, start=10, steps=100, variant=None, batch_size=128, dropout=0):
     """`.hydra/config.yaml`: settings as composed, with references."""
     return {
         "seed": seed,
         "run_name": "${consistency.run_name:x}",
         "study_name": "study",
         "variant": variant,
-        "data": {"_target_": "consistency.data.module.ImageDataModule", "seed": "${seed}", "batch_size": 128},
+        "data": {"_target_": "consistency.data.module.ImageDataModule", "seed": "${seed}", "batch_size": batch_size},
         "metric": {"_target_": TARGETS.get(metric, metric), "_partial_": True, **({"c": c} if c is not None else {})},
         "optimizer": {"_target_": "torch.optim.RAdam", "lr": lr},
         "curriculum": {
@@ -25,6 +25,7 @@ def composed(seed, *, metric="l2", c=None, lr=0.001, start=10, steps=100, varian
             "num_levels": {"start": "${curriculum.start}", "total_steps": "${trainer.max_steps}"},
         },
         "trainer": {"max_steps": steps},
+        "network": {"dropout": dropout},
         "samplers": {"onestep": {"mid_sigmas": []}, "twostep": {"mid_sigmas": [0.821]}},
         "method": {"_target_": "consistency.methods.training.ConsistencyTraining", "metric": "${metric}"},
         "callbacks": {
@@ -62,11 +63,10 @@ def quality_rows(onestep, twostep=None, *, every=100, **about):
     """Lines of `quality.jsonl`, as two samplers give them."""
     rows = []
     for index, values in enumerate(zip(onestep, twostep or onestep, strict=True), start=1):
-        for sampler, value in zip(("[]", "[0.821]"), values, strict=True):
+        for sampler, value in zip(("onestep", "twostep"), values, strict=True):
             place = {"images_seen": index * every, "step": index * every // 10}
             protocol = {"nfe": 1, "seed": 1_000_000, "num_samples": 1797, "weights": "ema0.999", **about}
-            sampler = f"ConsistencySampler(mid_sigmas={sampler})"
-            rows.append({**place, "fd_classifier": float(value), "sampler": sampler, **protocol})
+            rows.append({**place, "name": sampler, "fd_classifier": float(value), **protocol})
     return rows
 
 

@@ -4,20 +4,29 @@ import io
 import math
 import random
 
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from consistency.report.choices import choices_of, draw_choice
-from consistency.report.figures import MAX_BYTES, draw_loss, draw_quality, featured, set_scale, smaller
-from consistency.report.groups import make_groups
-from consistency.report.samples import draw_samples, samplers_of
-from consistency.report.study import read_study
+from consistency.report.figures import MAX_BYTES, best_groups, choices, curves, png, samples, set_scale
+from consistency.report.group import make_groups
+from consistency.report.load import read_study
 
 ONESTEP = "fd_classifier_onestep"
 
 
 def groups_of(folder):
-    return make_groups(read_study(folder).runs)
+    return make_groups(read_study(folder))
+
+
+def curves_of(folder, score=ONESTEP):
+    study = read_study(folder)
+    return list(curves(study, make_groups(study), score))
+
+
+def choices_of(folder, *scores):
+    return list(choices(groups_of(folder), scores or [ONESTEP]))
 
 
 def is_png(picture):
@@ -27,9 +36,10 @@ def is_png(picture):
 
 
 def test_curves(two_metrics):
-    groups = groups_of(two_metrics)
-    assert is_png(draw_quality(groups, ONESTEP, "a.png"))
-    loss = draw_loss(groups, "b.png")
+    (curve,) = curves_of(two_metrics)
+    assert is_png(curve)
+    assert "Bands" in curve.caption
+    (loss,) = curves_of(two_metrics, "loss")
     assert is_png(loss)
     assert "N(k)" in loss.caption
 
@@ -37,25 +47,27 @@ def test_curves(two_metrics):
 def test_nothing_to_draw_is_no_picture(study):
     study.run("a", "seed=0", scores=(3.0,))
     (study.path / "a" / "metrics.csv").unlink()
-    groups = groups_of(study.note(("b", ["seed=1"])))
-    assert draw_quality(groups, ONESTEP, "a.png") is None
-    assert draw_loss(groups, "a.png") is None
-    assert choices_of(groups, ONESTEP) == []
-    assert samplers_of(groups) == []
+    folder = study.note(("b", ["seed=1"]))
+    assert curves_of(folder) == curves_of(folder, "loss") == choices_of(folder) == []
+    assert list(samples(groups_of(folder), [ONESTEP])) == []
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, 0.0, -1.0, 1e30])
 def test_odd_scores_are_drawn(two_metrics, study, odd):
     study.run("odd", "experiment=digits_ict", "metric=l2", "seed=5", seed=5, scores=(odd, odd))
-    groups = groups_of(study.note())
-    assert is_png(draw_quality(groups, ONESTEP, "a.png"))
-    (choice,) = choices_of(groups, ONESTEP)
-    assert is_png(draw_choice(choice, [ONESTEP], "a.png"))
+    study.note()
+    assert all(map(is_png, [*curves_of(two_metrics), *choices_of(two_metrics)]))
 
 
 def test_scores_that_are_all_nan_have_no_curve(study):
     study.run("a", "seed=0", scores=(math.nan, math.nan))
-    assert draw_quality(groups_of(study.note()), ONESTEP, "a.png") is None
+    assert curves_of(study.note()) == []
+
+
+def test_runs_that_are_not_finished_are_dashed(study):
+    study.run("a", "seed=0", scores=(3.0, 2.0), state="failed")
+    (curve,) = curves_of(study.note())
+    assert "Dashed" in curve.caption
 
 
 def test_a_grid_has_a_figure_an_axis(study):
@@ -63,11 +75,9 @@ def test_a_grid_has_a_figure_an_axis(study):
         for lr in (0.001, 0.01, 0.1):
             typed = (f"metric={metric}", f"optimizer.lr={lr}", "seed=0")
             study.run(f"{metric}-{lr}", *typed, metric=metric, lr=lr)
-    choices = choices_of(groups_of(study.note()), ONESTEP)
-    assert [choice.name for choice in choices] == ["metric", "optimizer.lr"]
-    assert choices[1].values[:3] == ["0.001", "0.01", "0.1"]
-    assert set(choices[1].series) == {"metric=l2", "metric=pseudo_huber"}
-    assert all(is_png(draw_choice(choice, [ONESTEP, "fd_classifier_twostep"], "a.png")) for choice in choices)
+    drawn = choices_of(study.note(), ONESTEP, "fd_classifier_twostep")
+    assert [picture.file for picture in drawn] == ["choice_metric", "choice_optimizer.lr"]
+    assert all(map(is_png, drawn))
 
 
 def test_a_search_has_a_cloud_an_axis(study):
@@ -75,27 +85,25 @@ def test_a_search_has_a_cloud_an_axis(study):
     for trial in range(30):
         lr, start = round(10 ** chance.uniform(-4, -2), 6), chance.choice([2, 10, 20])
         study.run(f"t{trial}", f"optimizer.lr={lr}", f"curriculum.start={start}", lr=lr, start=start)
-    choices = choices_of(groups_of(study.note()), ONESTEP)
-    assert [(choice.name, choice.is_grid) for choice in choices] == [
-        ("optimizer.lr", False),
-        ("curriculum.start", False),
-    ]
-    assert is_png(draw_choice(choices[0], [ONESTEP], "a.png"))
+    drawn = choices_of(study.note())
+    assert [picture.file for picture in drawn] == ["choice_optimizer.lr", "choice_curriculum.start"]
+    assert all("other settings differ" in picture.caption for picture in drawn)
 
 
-def test_variants_of_one_number_are_drawn_against_it(study):
+def test_variants_are_drawn_by_their_names(study):
     for c in (0.0, 0.01, 0.03):
         study.run(f"c{c}", f"variant=c{c}", "seed=0", variant=f"c{c}", metric="pseudo_huber", c=c)
-    (choice,) = choices_of(groups_of(study.note()), ONESTEP)
-    assert (choice.name, choice.values) == ("metric.c", ["0", "0.01", "0.03"])
+    (picture,) = choices_of(study.note())
+    assert picture.file == "choice_variant"
+    assert is_png(picture)
 
 
-def test_the_best_of_many_groups_are_featured(study):
+def test_the_best_of_many_groups_have_colours(study):
     for index in range(20):
         study.run(f"t{index:02d}", f"optimizer.lr={index}", lr=float(index), scores=(9.0, 100.0 - index))
-    groups = groups_of(study.note())
-    assert [group.runs[0].folder for group in featured(groups, ONESTEP, 3)] == ["t17", "t18", "t19"]
-    assert is_png(draw_quality(groups, ONESTEP, "a.png"))
+    assert best_groups(groups_of(study.note()), ONESTEP, 3) == ["lr=17", "lr=18", "lr=19"]
+    (curve,) = curves_of(study.path)
+    assert "Coloured: the best 12 of 20." in curve.caption
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,7 @@ def test_an_axis_is_logarithmic_where_the_range_is_wide(values, scale):
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    set_scale(axes, "y", values)
+    set_scale(axes, "y", pd.Series(values, dtype=float))
     assert axes.get_yscale() == scale
 
 
@@ -114,15 +122,13 @@ def test_samples_side_by_side(two_metrics, study):
         study.grid(f"l2-seed{seed}", colour=colour)
         study.grid(f"pseudo_huber-seed{seed}", images_seen=100, colour=(9, 0, 9))
         study.grid(f"pseudo_huber-seed{seed}", images_seen=200, colour=(0, 200, 0))
-    groups = groups_of(two_metrics)
-    assert samplers_of(groups) == ["onestep"]
-    picture = draw_samples(groups, "onestep", ONESTEP, "samples.png")
+    (picture,) = samples(groups_of(two_metrics), [ONESTEP])
+    assert picture.file == "samples_onestep"
     assert is_png(picture)
     colours = {colour for _, colour in Image.open(io.BytesIO(picture.data)).convert("RGB").getcolors(1 << 20)}
     # the first seed of each, its last grid
     assert {(200, 0, 0), (0, 200, 0)} <= colours
     assert not {(0, 0, 200), (9, 0, 9)} & colours
-    assert "first 4 samples" in picture.caption
 
 
 def test_a_damaged_grid_is_passed_over(two_metrics, study):
@@ -130,15 +136,14 @@ def test_a_damaged_grid_is_passed_over(two_metrics, study):
     (study.path / "l2-seed0" / "samples" / "onestep_000000200.png").write_bytes(b"\x89PNG broken")
     study.grid("l2-seed1", colour=(3, 3, 3))
     (study.path / "l2-seed1" / "samples" / "notes_x.png").write_bytes(b"")
-    assert is_png(draw_samples(groups_of(two_metrics), "onestep", ONESTEP, "samples.png"))
+    assert all(map(is_png, samples(groups_of(two_metrics), [ONESTEP])))
     (study.path / "l2-seed1" / "samples" / "onestep_000000200.png").write_bytes(b"")
-    assert draw_samples(groups_of(two_metrics), "onestep", ONESTEP, "samples.png") is None
+    assert list(samples(groups_of(two_metrics), [ONESTEP])) == []
 
 
-@pytest.mark.slow
 def test_pictures_stay_small():
-    noise = random.Random(0).randbytes(600 * 600 * 3)
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", (600, 600), noise).save(buffer, format="PNG")
-    assert len(buffer.getvalue()) > 1_000_000
-    assert len(smaller(buffer.getvalue())) <= MAX_BYTES
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8))
+    figure.add_subplot().imshow(np.random.default_rng(0).random((800, 800, 3)))
+    assert len(png(figure)) <= MAX_BYTES

@@ -110,7 +110,7 @@ def test_every_kind_of_damage_at_once(two_metrics, study):
     for said in (
         "unreadable: status.json",
         "unreadable: config.yaml",
-        "quality.jsonl (2 damaged)",
+        "lines of quality.jsonl (2 damaged)",
         "Damaged: study.json",
     ):
         assert said in text

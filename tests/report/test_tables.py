@@ -2,10 +2,11 @@
 
 import math
 
+import pandas as pd
 import pytest
 
-from consistency.report.groups import make_groups
-from consistency.report.study import read_study
+from consistency.report.group import make_groups
+from consistency.report.load import read_study
 from consistency.report.tables import (
     changes_table,
     duration,
@@ -22,7 +23,7 @@ ONESTEP = "fd_classifier_onestep"
 
 def tables(folder):
     study = read_study(folder)
-    groups = make_groups(study.runs)
+    groups = make_groups(study)
     results = results_table(groups, study.scores)
     return study, groups, [dict(zip(results.heads, (cell.text for cell in row), strict=True)) for row in results.rows]
 
@@ -47,9 +48,9 @@ def test_runs_that_are_not_finished_do_not_enter_means(two_metrics, study, state
     found, groups, rows = tables(study.note())
     assert rows[0]["fd_classifier_onestep ↓"] == "32.0 ± 2.8"
     assert rows[0]["n"] == "2"
-    told = f"{'unfinished' if state == 'running' else state} at step 20"
-    assert rows[0]["runs"] == f"2 finished, 1 {told}"
-    assert f"4 of 5 runs are finished; 1 {told}. Means are over finished runs only." in remarks(
+    words = f"{'unfinished' if state == 'running' else state} at step 20"
+    assert rows[0]["runs"] == f"2 finished, 1 {words}"
+    assert f"4 of 5 runs are finished; 1 {words}. Means are over finished runs only." in remarks(
         found, groups, [ONESTEP]
     )
 
@@ -69,14 +70,14 @@ def test_runs_that_are_not_finished_do_not_enter_means(two_metrics, study, state
     ],
 )
 def test_a_score_with_its_spread(values, text, order):
-    cell = score_cell(ONESTEP, values)
+    cell = score_cell(ONESTEP, pd.Series(values, dtype=float))
     assert cell.text == text
     if values and order is not None:
         assert cell.order == order
 
 
 def test_diverged_is_the_worst_of_a_score_of_which_more_is_better():
-    assert score_cell("precision5k_onestep", [math.nan]).order == -math.inf
+    assert score_cell("precision5k_onestep", pd.Series([math.nan])).order == -math.inf
 
 
 @pytest.mark.parametrize("name", ["fid50k", "is5k", "precision5k", "recall50k", "fd_classifier", "kid5k", "loss"])
@@ -90,8 +91,8 @@ def test_diverged_runs_are_shown(study):
     found, groups, rows = tables(study.note())
     assert rows[0]["fd_classifier_onestep ↓"] == "2 (+1 nan)"
     assert any(line.startswith("Ended with nan or inf: a.") for line in remarks(found, groups, [ONESTEP]))
-    runs = runs_table(groups, [ONESTEP])
-    assert [cell.text for cell in runs.rows[0]][4:6] == ["nan", "3 at 100"]
+    runs = runs_table(found, groups, [ONESTEP])
+    assert [cell.text for cell in runs.rows[0]][4:6] == ["1 nan", "3 at 100"]
 
 
 def test_different_budgets_and_protocols_are_said(study):
@@ -108,8 +109,8 @@ def test_the_best_in_training_follows_the_direction_of_the_score(study):
     folder = study.run("a", "seed=0", scores=(3.0, 1.0, 2.0))
     lines = (folder / "quality.jsonl").read_text().replace("fd_classifier", "recall5k").splitlines(keepends=True)
     (folder / "quality.jsonl").write_text((folder / "quality.jsonl").read_text() + "".join(lines))
-    _, groups, _ = tables(study.note())
-    (row,) = runs_table(groups, [ONESTEP, "recall5k_onestep"]).rows
+    found, groups, _ = tables(study.note())
+    (row,) = runs_table(found, groups, [ONESTEP, "recall5k_onestep"]).rows
     assert [cell.text for cell in row[4:8]] == ["2", "1 at 200", "2", "3 at 100"]
 
 
@@ -128,7 +129,7 @@ def test_without_scores_the_loss_stands_in(study):
 def test_a_row_a_run_with_its_error(two_metrics, study):
     study.run("bad", "metric=l2", "seed=3", seed=3, state="failed")
     study.status("bad", state="failed", step=5, error="FloatingPointError: the loss is nan")
-    table = runs_table(tables(study.note())[1], [ONESTEP])
+    table = runs_table(*tables(study.note())[:2], [ONESTEP])
     bad = next(row for row in table.rows if row[0].text == "bad")
     assert bad[3].text == "failed at step 5"
     assert bad[-1].text == "FloatingPointError: the loss is nan"
@@ -140,11 +141,11 @@ def test_changes_are_listed_where_columns_do_not_say_them(two_metrics, study):
     study.run("v", "variant=x", variant="x", metric="l2", lr=0.5)
     table = changes_table(tables(study.note())[1])
     assert table is not None
-    assert table.rows[-1][1].text == "optimizer.lr: 0.001 → 0.5"
+    assert table.rows[-1][2].text == "optimizer.lr: 0.001 → 0.5"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "-"), (51.6, "52 s"), (252, "4 min 12 s"), (11100, "3 h 05 min"), (math.nan, "-")]
+    ("seconds", "text"), [(51.6, "52 s"), (252, "4 min 12 s"), (11100, "3 h 05 min"), (math.nan, "-")]
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text

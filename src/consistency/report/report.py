@@ -10,20 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from consistency.report.choices import choices_of, draw_choice
-from consistency.report.figures import Picture, draw_loss, draw_quality
-from consistency.report.groups import Group, make_groups, short_names
-from consistency.report.pages import NOTES, Block, Code, Heading, Remarks, Text, markdown, notes_in, page
-from consistency.report.samples import draw_samples, samplers_of
-from consistency.report.settings import shown
-from consistency.report.study import Study, read_study
-from consistency.report.tables import (
-    changes_table,
-    common_settings,
-    remarks,
-    results_table,
-    runs_table,
-)
+from consistency.report.figures import pictures
+from consistency.report.group import Groups, make_groups, readable, short_names
+from consistency.report.load import Study, read_study
+from consistency.report.page import NOTES, Report, markdown, notes_in, page
+from consistency.report.tables import changes_table, remarks, results_table, runs_table
 
 _ABOUT = """Compare the runs of a study: tables with mean and spread over seeds, curves against images seen,
 final scores by what was varied, sample grids side by side. Reads the run directories only; no account and no
@@ -31,11 +22,6 @@ GPU are needed. Runs that failed, were stopped or never started are shown as suc
 _EXAMPLES = """examples:
   consistency-report outputs/ladder_digits_ict
   consistency-report outputs/study --score fd_classifier_onestep --out experiments/results/metric"""
-
-_HOW_TO_READ = (
-    "Scores at the end of training: mean ± sample standard deviation over n finished runs; ↓ lower is better, "
-    "↑ higher is better. Wall time is the mean training time of a run."
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,13 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = asked.out or asked.study_dir / "report"
     except (ValueError, OSError) as error:
         return _refuse(error)
-    groups = make_groups(study.runs)
-    blocks = report(study, groups, scores)
+    report = make_report(study, make_groups(study), scores)
     try:
-        _write(out, study.name, blocks)
+        _write(out, report)
     except (ValueError, OSError) as error:
         return _refuse(error)
-    _show(study, groups, scores, out)
+    _show(report, out)
     return 0
 
 
@@ -74,54 +59,20 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
-def report(study: Study, groups: Sequence[Group], scores: Sequence[str]) -> list[Block]:
-    """Everything that is on the page, in its order."""
-    said = remarks(study, groups, scores)
-    blocks: list[Block] = []
-    if study.command:
-        blocks.append(Code(study.command))
-    if said:
-        blocks.append(Remarks(said))
-    blocks += [Heading("Results"), Text(_HOW_TO_READ), results_table(groups, scores)]
-    if (changed := changes_table(groups)) is not None:
-        blocks += [Heading("What was changed"), changed]
-    blocks += _pictures(groups, scores)
-    blocks += [Heading("Runs"), runs_table(groups, scores)]
-    if common := common_settings(groups):
-        lines = "\n".join(f"{key}: {shown(value)}" for key, value in common)
-        blocks.append(Code(lines, summary=f"{len(common)} settings that are equal in all runs"))
-    return blocks
-
-
-def _pictures(groups: Sequence[Group], scores: Sequence[str]) -> list[Block]:
-    """Sections of figures; those of which there is nothing to draw are left out."""
-    choices = [draw_choice(choice, scores, _file("choice", choice.name)) for choice in choices_of(groups, scores[0])]
-    curves = [draw_quality(groups, score, _file("curve", score)) for score in scores if score != "loss"]
-    samples = [
-        draw_samples(groups, sampler, _score_of(sampler, scores), _file("samples", sampler))
-        for sampler in samplers_of(groups)
-    ]
-    sections: dict[str, Sequence[Picture | None]] = {
-        "Final scores by what was varied": choices,
-        "Scores while training": curves,
-        "Samples": samples,
-        "Loss": [draw_loss(groups, "curve_loss.png")],
-    }
-    blocks: list[Block] = []
-    taken: set[str] = set()
-    for title, pictures in sections.items():
-        drawn = [_named_apart(picture, taken) for picture in pictures if picture is not None]
-        blocks += [Heading(title), *drawn] if drawn else []
-    return blocks
-
-
-def _named_apart(picture: Picture, taken: set[str]) -> Picture:
-    """The picture under a file name of its own: `a/b` and `a_b` would share one."""
-    stem, name = picture.file.removesuffix(".png"), picture.file
-    while name.lower() in taken:
-        name = f"{stem}-{len(taken)}.png"
-    taken.add(name.lower())
-    return replace(picture, file=name)
+def make_report(study: Study, groups: Groups, scores: Sequence[str]) -> Report:
+    """Everything that is on the page."""
+    settings = groups.settings
+    common = readable(settings.loc[:, settings.notna().all() & (settings.nunique() == 1)])
+    return Report(
+        title=study.name,
+        command=study.command,
+        remarks=remarks(study, groups, scores),
+        results=results_table(groups, scores),
+        changes=changes_table(groups),
+        sections=pictures(study, groups, scores),
+        runs=runs_table(study, groups, scores),
+        common=[f"{key}: {values.iloc[0]}" for key, values in common.items()],
+    )
 
 
 def _chosen(study: Study, name: str | None) -> list[str]:
@@ -135,16 +86,7 @@ def _chosen(study: Study, name: str | None) -> list[str]:
     return chosen
 
 
-def _score_of(sampler: str, scores: Sequence[str]) -> str:
-    return next((score for score in scores if score.endswith(f"_{sampler}")), scores[0])
-
-
-def _file(kind: str, name: str) -> str:
-    """A file name of something that came out of a file."""
-    return f"{kind}_{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('._') or 'unnamed'}.png"
-
-
-def _write(out: Path, title: str, blocks: Sequence[Block]) -> None:
+def _write(out: Path, report: Report) -> None:
     """The pages and their pictures, each in one rename; pictures of an earlier report that are in no page now go.
 
     Raises:
@@ -153,12 +95,10 @@ def _write(out: Path, title: str, blocks: Sequence[Block]) -> None:
     readme = out / "README.md"
     before = readme.read_text(encoding="utf-8") if readme.exists() else ""
     notes = notes_in(before)
+    report = replace(report, notes=notes or "")
     # README.md first: what says that the folder is a report's is there before anything else.
-    files = {
-        readme.name: markdown(title, blocks, notes or "").encode(),
-        "report.html": page(title, blocks, notes or "").encode(),
-        **{block.file: block.data for block in blocks if isinstance(block, Picture)},
-    }
+    files = {readme.name: markdown(report).encode(), "report.html": page(report).encode()}
+    files |= {picture.file: picture.data for picture in report.pictures}
     foreign = [name for name in files if notes is None and (out / name).exists()]
     if foreign:
         raise ValueError(f"{out / foreign[0]} was not written by consistency-report; name another folder with --out")
@@ -173,33 +113,28 @@ def _write(out: Path, title: str, blocks: Sequence[Block]) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _show(study: Study, groups: Sequence[Group], scores: Sequence[str], out: Path) -> None:
+def _show(report: Report, out: Path) -> None:
     """The results on the screen, and where the rest is."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table as Shown
+    from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no width
-    table, axes = results_table(groups, scores), list(groups[0].axes)
-    brief = dict(zip(axes, short_names(axes), strict=True))
-    needless = {"images seen"} | ({"runs"} if all(run.is_finished for run in study.runs) else set())
-    columns = [index for index, name in enumerate(table.heads) if name not in needless]
-    grid = Shown(title=escape(study.name), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for index in columns:
-        is_number = all(row[index].is_number for row in table.rows)
+    table = report.results
+    grid = Table(title=escape(report.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown = [index for index, name in enumerate(table.heads) if name != "images seen"]
+    for index in shown:
         # fd_classifier_onestep in two lines: more scores fit beside each other.
-        name = brief.get(table.heads[index], table.heads[index])
-        first, _, last = name.rpartition("_")
-        name = f"{first}\n{last}" if first and last.endswith(("↓", "↑")) else name
-        side, least = ("right" if is_number else "left"), (12 if name in ("variant", "runs") else 6)
-        grid.add_column(escape(name), justify=side, overflow="fold", min_width=least)  # type: ignore[arg-type]
+        name = short_names(table.heads)[index]
+        name = "\n".join(name.rsplit("_", 1)) if name.endswith(("↓", "↑")) else name
+        grid.add_column(escape(name), justify="right" if table.are_numbers[index] else "left", overflow="fold")
     for row in table.rows:
-        grid.add_row(*(escape(row[index].text) for index in columns))
+        grid.add_row(*(escape(row[index].text) for index in shown))
     console.print(grid)
-    for line in remarks(study, groups, scores):
+    for line in report.remarks:
         console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True)
     for name in ("README.md", "report.html"):
         console.print(f"{out / name}", markup=False, highlight=False, soft_wrap=True)

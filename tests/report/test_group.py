@@ -2,19 +2,35 @@
 
 import shutil
 
+import pandas as pd
 import pytest
 
-from consistency.report.groups import changes, differences, make_groups
-from consistency.report.study import read_study
+from consistency.report.group import changes, compared_settings, differences, make_groups
+from consistency.report.load import read_study
 from consistency.report.tables import changes_table, results_table
 
 
 def groups_of(folder):
-    return make_groups(read_study(folder).runs)
+    return make_groups(read_study(folder))
+
+
+def axes_of(folder):
+    return list(groups_of(folder).axes.to_dict("index").values())
+
+
+def different(folder):
+    return list(differences(groups_of(folder).settings))
+
+
+def changes_of(folder):
+    groups = groups_of(folder)
+    against, listed = changes(groups)
+    return against, [listed.get(label) for label in groups.labels]
 
 
 def members(folder):
-    return {group.label: [run.folder for run in group.runs] for group in groups_of(folder)}
+    groups = groups_of(folder)
+    return {label: list(groups.of(label).index) for label in groups.labels}
 
 
 def test_seeds_make_a_group(two_metrics):
@@ -26,21 +42,21 @@ def test_seeds_make_a_group(two_metrics):
 
 def test_only_own_settings_differ(two_metrics):
     """Not method.metric, data.seed or callbacks.quality.dirpath, which follow others."""
-    assert differences(groups_of(two_metrics)) == ["metric"]
+    assert different(two_metrics) == ["metric"]
 
 
 def test_a_setting_that_another_one_follows_differs_once(study):
     study.run("a", "trainer.max_steps=100", steps=100)
     study.run("b", "trainer.max_steps=200", steps=200)
-    assert differences(groups_of(study.note())) == ["trainer.max_steps"]  # not curriculum.num_levels.total_steps
+    assert different(study.note()) == ["trainer.max_steps"]  # not curriculum.num_levels.total_steps
 
 
 def test_the_same_without_hydras_folder(two_metrics):
     for run in two_metrics.iterdir():
         if run.is_dir():
             shutil.rmtree(run / ".hydra")
-    assert differences(groups_of(two_metrics)) == ["metric"]
-    assert len(groups_of(two_metrics)) == 2
+    assert different(two_metrics) == ["metric"]
+    assert len(groups_of(two_metrics).labels) == 2
 
 
 def test_settings_are_compared_and_not_what_was_typed(study):
@@ -62,9 +78,8 @@ def test_a_grid_has_an_axis_a_key(study):
         for lr in ("1e-3", "1e-2"):
             typed = ("experiment=digits_ict", f"metric={metric}", f"optimizer.lr={lr}", "seed=0")
             study.run(f"{metric}-{lr}", *typed, metric=metric, lr=float(lr))
-    groups = groups_of(study.note())
-    assert [group.axes for group in groups][1] == {"metric": "l2", "optimizer.lr": "1e-2"}
-    assert groups[3].label == "metric=pseudo_huber, lr=1e-2"
+    assert axes_of(study.note())[1] == {"metric": "l2", "optimizer.lr": "1e-2"}
+    assert list(members(study.path))[3] == "metric=pseudo_huber, lr=1e-2"
 
 
 def test_runs_of_different_commands_differ_in_settings(study):
@@ -72,9 +87,8 @@ def test_runs_of_different_commands_differ_in_settings(study):
     study.run(
         "b", "experiment=digits_ict", "metric=pseudo_huber", "metric.c=0.03", metric="pseudo_huber", c=0.03, lr=0.01
     )
-    groups = groups_of(study.note())
     # metric.c comes with the metric and is no choice of its own
-    assert [group.axes for group in groups] == [
+    assert axes_of(study.note()) == [
         {"metric": "l2", "optimizer.lr": "0.001"},
         {"metric": "pseudo_huber", "optimizer.lr": "0.01"},
     ]
@@ -93,17 +107,12 @@ def ladder(study, *, cumulative):
 
 @pytest.mark.parametrize(("cumulative", "reference"), [(True, "the row above"), (False, "the first row")])
 def test_variants_say_what_they_change(study, cumulative, reference):
-    groups = groups_of(ladder(study, cumulative=cumulative))
-    assert [group.label for group in groups] == ["ct", "lr", "huber", "s0", "last"]
-    against, listed = changes(groups)
-    assert against == reference
-    assert listed == [
-        [],
-        [("optimizer.lr", "0.01", "0.001")],
-        [("metric", "l2", "pseudo_huber")],
-        [("curriculum.start", "2", "10")],
-        None,
-    ]
+    folder = ladder(study, cumulative=cumulative)
+    assert list(members(folder)) == ["ct", "lr", "huber", "s0", "last"]
+    steps = ["optimizer.lr: 0.01 → 0.001", "metric: l2 → pseudo_huber", "curriculum.start: 2 → 10"]
+    assert changes_of(folder) == (reference, [[], *([step] for step in steps), None])
+    rows = {row[0].text: row[1].text for row in changes_table(groups_of(folder)).rows}
+    assert (rows["s0"], rows["last"]) == ("start=10", "metric.c=1")  # as it was typed
 
 
 def test_trials_of_a_search_are_points(study):
@@ -111,8 +120,8 @@ def test_trials_of_a_search_are_points(study):
         typed = (f"variant=trial{trial:03d}", "experiment=digits_ict", f"optimizer.lr={lr}", "sweep=search")
         study.run(f"trial{trial:03d}-x", *typed, variant=f"trial{trial:03d}", lr=lr)
     groups = groups_of(study.note(("late", ["variant=trial002", "experiment=digits_ict", "optimizer.lr=0.5"])))
-    assert [group.label for group in groups] == ["trial000", "trial001", "trial002"]
-    assert [group.axes["optimizer.lr"] for group in groups] == ["0.009592", "0.004663", "0.5"]
+    assert groups.labels == ["trial000", "trial001", "trial002"]
+    assert list(groups.axes["optimizer.lr"]) == ["0.009592", "0.004663", "0.5"]
     assert results_table(groups, ["fd_classifier_onestep"]).heads[:2] == ["trial", "optimizer.lr"]
     assert changes_table(groups) is None
 
@@ -134,18 +143,14 @@ def test_equal_names_are_numbered(study):
 def test_parts_of_the_same_last_name_are_told_apart(study):
     study.run("a", variant="a", metric="mine.l2")
     study.run("b", variant="b", metric="yours.l2")
-    assert changes(groups_of(study.note()))[1][1] == [("metric", "mine.l2", "yours.l2")]
+    assert changes_of(study.note())[1][1] == ["metric: mine.l2 → yours.l2"]
 
 
 def test_settings_of_a_part_that_is_gone_are_not_listed(study):
     study.run("a", variant="a", metric="pseudo_huber", c=0.03)
     study.run("b", variant="b", metric="l2")
     study.run("c", variant="c", metric="pseudo_huber", c=0.1)
-    assert changes(groups_of(study.note()))[1] == [
-        [],
-        [("metric", "pseudo_huber", "l2")],
-        [("metric.c", "0.03", "0.1")],
-    ]
+    assert changes_of(study.note())[1] == [[], ["metric: pseudo_huber → l2"], ["metric.c: 0.03 → 0.1"]]
 
 
 def test_null_and_absent_are_the_same(study):
@@ -156,18 +161,19 @@ def test_null_and_absent_are_the_same(study):
     assert list(members(study.note()).values()) == [["a", "b"]]
 
 
-def test_settings_that_follow_others_differ_where_these_do(study):
+def test_settings_that_repeat_others_differ_where_these_do():
     """`start: ${curriculum.end}` of the constant curriculum, `${curriculum.start}` of the doubling one."""
-    from consistency.report.settings import compared_settings
-    from consistency.report.study import Run
+    runs = pd.DataFrame({"run": ["x", "y"], "seed": None}, index=["x", "y"])
+    runs["config"] = [{"a": 1, "b": 2, "c": 1}, {"a": 1, "b": 2, "c": 2}]
+    runs["references"] = [{"c": "${a}"}, {"c": "${b}"}]
+    assert list(compared_settings(runs)["c"]) == ["1", "2"]
+    runs["references"] = [{"c": "${a}"}, {"c": "${a}"}]
+    assert "c" not in compared_settings(runs)
 
-    settings = {"a": 1, "b": 2}
-    runs = [
-        Run("x", study.path, settings={**settings, "c": 1}, references={"c": "${a}"}),
-        Run("y", study.path, settings={**settings, "c": 2}, references={"c": "${b}"}),
-    ]
-    first, second = compared_settings(runs)
-    assert first != second
-    runs[1].references["c"] = "${a}"
-    first, second = compared_settings(runs)
-    assert first == second
+
+def test_unlike_runs_are_named_by_what_was_typed(study):
+    many = {"lr": 0.1, "start": 2, "steps": 7, "metric": "pseudo_huber", "c": 3}
+    for index, key in enumerate(many):
+        study.run(f"run{index}", "experiment=a", f"{key}=x", **{key: many[key]}, batch_size=index, dropout=index)
+    study.run("base", "experiment=b", batch_size=9)
+    assert list(members(study.note())) == ["a, lr=x", "a, start=x", "a, steps=x", "a, metric=x", "a, c=x", "b"]
