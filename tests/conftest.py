@@ -25,10 +25,12 @@ LONGEST = (
     "test_sweep",
     "test_distributed",
     "test_faults",
-    "test_resume",
-    "test_runs",
-    "test_against_others",
+    "test_extension",
+    "test_docs_code",
     "test_cli",
+    "test_resume",
+    "test_configs",
+    "test_against_others",
 )
 
 # The tests, and the commands that they start, must not depend on what the shell of the moment is set to.

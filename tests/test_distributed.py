@@ -141,7 +141,8 @@ def test_torchrun_and_slurm_train_the_same(two, folder):
         assert all(torch.equal(value, two[0]["online"][key]) for key, value in trained.named_parameters()), name
 
 
-PER_IMAGE = ("experiment=smoke_ct", "trainer.max_steps=50", "randomness=per_image", "data.flip=true")
+STEPS = 15
+PER_IMAGE = ("experiment=smoke_ct", f"trainer.max_steps={STEPS}", "randomness=per_image", "data.flip=true")
 PER_IMAGE += ("callbacks.log.every_n_steps=1",)
 
 
@@ -152,7 +153,7 @@ def losses(folder, name):
 
 def assert_alike(folder, name, other):
     (a, levels), (b, other_levels) = (zip(*losses(folder, which), strict=True) for which in (name, other))
-    assert len(a) == 50
+    assert len(a) == STEPS
     assert levels == other_levels
     assert a == pytest.approx(b, rel=1e-5)
 
@@ -170,13 +171,13 @@ def test_from_one_process_to_two_and_back(folder):
     stop = ("+callbacks.stop._target_=spy.Stop", "allow_changes=[callbacks.stop]")
     ended = 128 + signal.SIGTERM
     with pytest.MonkeyPatch.context() as patch:
-        stopped(patch, step=19)
+        stopped(patch, step=5)
         with pytest.raises(SystemExit):
             run(folder, "moved", *PER_IMAGE)
     # The second process is told; both stop after the same step.
-    wait(begin(folder, *command("moved", *PER_IMAGE, *TWO, *stop, "+callbacks.stop.step=34")), code=ended)
+    wait(begin(folder, *command("moved", *PER_IMAGE, *TWO, *stop, "+callbacks.stop.step=9")), code=ended)
     half = read_checkpoint(folder / "outputs/moved/checkpoints/last.ckpt")
-    assert half["state_dict"]["progress._extra_state"]["step"] == 35
+    assert half["state_dict"]["progress._extra_state"]["step"] == 10
     run(folder, "moved", *PER_IMAGE, "allow_changes=[callbacks.stop]")
     assert_alike(folder, "moved", "one")
     ends = [read_checkpoint(folder / "outputs" / name / "checkpoints/last.ckpt") for name in ("moved", "one")]

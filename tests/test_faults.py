@@ -18,7 +18,7 @@ def test_killed_at_random_moments(tmp_path):
         "--at-least=1",
         "--recipe=smoke_ct",
         f"--folder={tmp_path}",
-        "trainer.max_steps=150",
+        "trainer.max_steps=100",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
