@@ -14,7 +14,7 @@ from consistency.commands.train import train
 from consistency.models.averages import frozen_copy
 from consistency.models.execution import configure_execution
 from consistency.ops import same_randomness
-from consistency.training.ending import StopAtStep
+from consistency.training.required import StopAtStep
 
 
 @pytest.fixture(autouse=True)

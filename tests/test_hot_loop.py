@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import consistency
 from composing import composed
 from consistency.commands.build import build_data, build_method, build_parts, build_trainer, fit_quietly
-from consistency.training.ending import StopAtStep
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import StepSeeds, StopAtStep
 
 OURS = str(Path(consistency.__file__).parent)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")

@@ -13,7 +13,7 @@ from consistency.checkpoints.native import read_checkpoint
 from consistency.commands.folder import RefusedError
 from consistency.commands.start import start
 from consistency.data.module import ImageDataModule
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import StepSeeds
 from running import run
 
 # Six steps of 32 over 100 images: the data begins its second pass in step 4.

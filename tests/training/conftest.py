@@ -16,8 +16,7 @@ from consistency.methods.training import ConsistencyTraining
 from consistency.noise.curricula import FixedLevels
 from consistency.noise.levels import GridPairs, uniform_index
 from consistency.noise.weightings import uniform
-from consistency.training.ending import StopAtStep
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import StepSeeds, StopAtStep
 
 
 @pytest.fixture

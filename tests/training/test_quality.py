@@ -19,9 +19,8 @@ from consistency.noise.weightings import uniform
 from consistency.sampling.samplers import ConsistencySampler
 from consistency.training.averaging import WeightEMA
 from consistency.training.checkpointing import RunCheckpoint
-from consistency.training.ending import StopAtStep
 from consistency.training.quality import QualityCallback
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import StepSeeds, StopAtStep
 
 
 class Means(Extractor):
@@ -145,7 +144,7 @@ def test_best_checkpoint_in_any_order_of_callbacks(parts, tmp_path, before):
 
 def test_unknown_monitor_is_refused_at_the_start(parts, tmp_path):
     method, data, quality = parts()
-    with pytest.raises(ValueError, match=r"monitors fid50k, which nothing logs; known are fd_.*, loss"):
+    with pytest.raises(ValueError, match=r"monitors fid50k, which nothing logs; allowed: fd_.*, loss"):
         train(method, data, [quality, ModelCheckpoint(monitor="fid50k")], tmp_path, enable_checkpointing=True)
     assert method.progress.step == 0
 

@@ -18,7 +18,7 @@ from consistency.commands.build import build_data, build_method, build_parts, bu
 from consistency.methods.base import Method
 from consistency.models.flops import flops_of_image
 from consistency.training.averaging import TargetEMA, WeightEMA
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import StepSeeds
 
 log = logging.getLogger(__name__)
 

@@ -38,13 +38,11 @@ from consistency.commands.tracking import finish_wandb
 from consistency.io.atomic import write_text
 from consistency.io.run_dir import MODEL_FOLDER
 from consistency.methods.base import Method
-from consistency.training.agreement import RankConsistencyCheck
 from consistency.training.averaging import WeightEMA
 from consistency.training.checkpointing import RunCheckpoint
-from consistency.training.ending import StopAtStep
 from consistency.training.pruning import PruneTrial
 from consistency.training.quality import QualityCallback
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import RankConsistencyCheck, StepSeeds, StopAtStep
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.data.module import ShuffledBatches
+from consistency.io.atomic import write_text
+from consistency.methods.base import Method
+from consistency.models.denoiser import Denoiser
 from consistency.ops import send
+from consistency.training.averaging import eval_mode
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class NonFinite(Callback):
         self._has_stepped = False
         self._norms: dict[str, float] | None = None
 
-    def columns(self, pl_module: Any) -> dict[str, float]:
+    def columns(self, pl_module: Method) -> dict[str, float]:
         """For the row of `TrainingLog`."""
         if self._on_device is not None:
             before = self.count
@@ -61,20 +64,20 @@ class NonFinite(Callback):
                 log.warning(what, self.count - before, pl_module.progress.step, self.count, done)
         return {"nonfinite_steps": self.count}
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Method, batch: Any, batch_idx: int) -> None:
         """Note where the micro-batch stands in the data."""
         if self._has_stepped:
             self._parts, self._has_stepped = [], False
         progress = pl_module.progress
         self._parts.append({"position": progress.images_seen + progress.pending})
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Method, optimizer: Any) -> None:
         """Look at the gradient, count, and take it away where it is not finite."""
         self._has_stepped = True
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Of the largest entries, as the scaler looks: squares of finite float32 numbers may overflow.
         gradients = [p.grad for p in parameters if p.grad is not None]
-        all_finite = torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()
+        all_finite = torch.nn.utils.get_total_norm(gradients, torch.inf).isfinite()
         if not self.wait:
             self._set_to_zero(trainer, pl_module, gradients, ~all_finite)
             return
@@ -92,7 +95,9 @@ class NonFinite(Callback):
             for parameter in parameters:
                 parameter.grad = None  # what has no gradient is left alone by every optimizer, its moments too
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stop where it has lasted too long."""
         self._parts[-1] |= {"sigma": outputs["sigma"], "per_sample": outputs["per_sample"]}
         if self._norms is not None:
@@ -102,7 +107,7 @@ class NonFinite(Callback):
                 f"{pl_module.progress.step}; {file} says what to repeat, lower optimizer.lr or use precision=fp32"
             )
 
-    def _set_to_zero(self, trainer: L.Trainer, pl_module: Any, gradients: list[Tensor], is_bad: Tensor) -> None:
+    def _set_to_zero(self, trainer: L.Trainer, pl_module: Method, gradients: list[Tensor], is_bad: Tensor) -> None:
         """Count on the device and mend; stop at a row if it has lasted too long. The scaler skips by itself."""
         if self._on_device is None:
             self._on_device = send(torch.tensor([self.count, self.in_a_row]), is_bad.device)
@@ -115,7 +120,7 @@ class NonFinite(Callback):
             for gradient in gradients:
                 torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _write_repro(self, trainer: L.Trainer, pl_module: Any, norms: dict[str, float]) -> Path:
+    def _write_repro(self, trainer: L.Trainer, pl_module: Method, norms: dict[str, float]) -> Path:
         """One JSON file a rank; numbers that are not finite are strings in it."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         worst_first = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
@@ -131,9 +136,7 @@ class NonFinite(Callback):
         }
         file = self.dirpath / f"nonfinite_rank{trainer.global_rank}.json"
         self.dirpath.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(_plain(repro), indent=1) + "\n")
-        os.replace(partial, file)
+        write_text(file, json.dumps(_plain(repro), indent=1) + "\n")
         return file
 
     @staticmethod
@@ -167,7 +170,7 @@ def _scaler_of(trainer: L.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _norms(pl_module: Any) -> dict[str, float]:
+def _norms(pl_module: Method) -> dict[str, float]:
     """Norm of the gradient of each parameter."""
     with_gradient = ((name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None)
     return {name: gradient.norm().item() for name, gradient in with_gradient}
@@ -201,7 +204,7 @@ class Collapse(Callback):
         self.num_images = num_images
         self.largest, self.falls, self.is_fallen = 0.0, 0, False
 
-    def columns(self, pl_module: Any) -> dict[str, float]:
+    def columns(self, pl_module: Method) -> dict[str, float]:
         """For the row of `TrainingLog`: measure, and warn once a fall."""
         if pl_module.kind == "diffusion":
             return {}
@@ -219,7 +222,7 @@ class Collapse(Callback):
         return {"output_variance": variance}
 
     @torch.no_grad()
-    def measure(self, denoiser: Any) -> float:
+    def measure(self, denoiser: Denoiser) -> float:
         """Variance over the batch, mean over pixels; draws from a generator of its own."""
         device = next(denoiser.parameters()).device
         noise = torch.randn(self.num_images, *denoiser.image_shape, generator=torch.Generator().manual_seed(0))
@@ -227,12 +230,8 @@ class Collapse(Callback):
         sigma = x.new_full((self.num_images,), denoiser.sigma_max)
         labels = torch.zeros(self.num_images, dtype=torch.int64, device=device)
         parts = zip(*(tensor.split(4) for tensor in (x, sigma, labels)), strict=True)  # fits where training does
-        was_training = denoiser.training
-        denoiser.eval()
-        try:
+        with eval_mode(denoiser):
             images = torch.cat([denoiser(*part) for part in parts])
-        finally:
-            denoiser.train(was_training)
         return images.var(dim=0).mean().item()
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
+from consistency.methods.base import Method
 from consistency.models.averages import ema_update_
+from consistency.training.triggers import find_callback
 
 RAMP_UP = 0.05  # longest half-life in units of the images seen (EDM, App. F.2)
 
@@ -28,15 +30,17 @@ class TargetEMA(Callback):
     def __init__(self) -> None:
         self._last_step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Start counting where the run stands."""
         self._last_step = pl_module.progress.step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Move the target if an optimizer step happened."""
         step = pl_module.progress.step
         # Compare counters: this hook also fires between accumulated micro-batches and after skipped fp16 steps.
-        if pl_module.target is None or step == self._last_step:
+        if pl_module.target is None or pl_module.target_decay is None or step == self._last_step:
             return
         self._last_step = step
         mu = pl_module.target_decay(pl_module.progress.schedule_step - 1)
@@ -93,7 +97,7 @@ class WeightEMA(Callback):
         """Names of the averages, e.g. `ema0.999` and `ema_500kimg`: files and logs carry them."""
         return [*self.decays, *self.half_lives]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Start from the online weights, or move restored averages to the device."""
         self._last_step, self._last_images = pl_module.progress.step, pl_module.progress.images_seen
         parameters = dict(pl_module.denoiser.named_parameters())
@@ -111,7 +115,9 @@ class WeightEMA(Callback):
             }
         self._values = list(parameters.values())  # finding them takes longer than averaging them
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Update every average if an optimizer step happened."""
         step = pl_module.progress.step
         if step == self._last_step:
@@ -131,7 +137,7 @@ class WeightEMA(Callback):
             ema_update_(self.averages[name].values(), values, beta)
 
     @contextmanager
-    def applied(self, pl_module: Any, name: str | None = None) -> Iterator[str]:
+    def applied(self, pl_module: Method, name: str | None = None) -> Iterator[str]:
         """Within the context the denoiser holds an average (the first by default); yields its name."""
         name = name or self.names[0]
         parameters = dict(pl_module.denoiser.named_parameters())
@@ -149,6 +155,28 @@ class WeightEMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the averages."""
         self.averages = state_dict["averages"]
+
+
+@contextmanager
+def weights_to_sample(trainer: L.Trainer, method: Method) -> Iterator[str]:
+    """Within the context the denoiser is in eval mode and holds the weights that are sampled; yields their name.
+
+    They are the first average of `WeightEMA`, or the raw weights where there is none.
+    """
+    average = find_callback(trainer, WeightEMA)
+    with eval_mode(method.denoiser), average.applied(method) if average else nullcontext("raw") as name:
+        yield name
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within the context the module is in eval mode."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _short(images: float) -> str:

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from consistency.data.image_files import image_grid, save_grid
+from consistency.methods.base import Method
 from consistency.methods.progress import Progress
 from consistency.sampling.images import sample_images
-from consistency.training.averaging import WeightEMA
+from consistency.training.averaging import weights_to_sample
 from consistency.training.triggers import EveryNImages
 
 
@@ -45,44 +46,30 @@ class SampleGrid(Callback):
         self.num_samples, self.seed = num_samples, seed
         self._trigger = EveryNImages(every_n_images)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Grids up to here are drawn: the checkpoint of a step is written after its grid."""
         self._trigger.mark(pl_module.progress)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Sample when it is due."""
         if self._trigger.is_due(pl_module.progress):
             self._trigger.mark(pl_module.progress)
             if trainer.is_global_zero:
                 self.draw(trainer, pl_module)
 
-    def draw(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Sample and write one grid a sampler."""
-        average = next((callback for callback in pl_module.trainer.callbacks if isinstance(callback, WeightEMA)), None)
-        if average is None:
-            self._write(trainer, pl_module)
-        else:
-            with average.applied(pl_module):
-                self._write(trainer, pl_module)
-
     @torch.no_grad()
-    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
-        denoiser = pl_module.denoiser
-        was_training = denoiser.training
-        denoiser.eval()
-        try:
-            self._draw_grids(trainer, pl_module)
-        finally:
-            denoiser.train(was_training)
-
-    def _draw_grids(self, trainer: L.Trainer, pl_module: Any) -> None:
-        denoiser, images_seen = pl_module.denoiser, pl_module.progress.images_seen
+    def draw(self, trainer: L.Trainer, method: Method) -> None:
+        """Sample and write one grid a sampler."""
+        denoiser, progress = method.denoiser, method.progress
         labels = torch.arange(self.num_samples) % denoiser.num_classes if denoiser.num_classes else None
-        for name, sampler in self.samplers.items():
-            images = sample_images(denoiser, sampler, range(self.num_samples), seed=self.seed, labels=labels).cpu()
-            save_grid(images, self.dirpath / f"{name}_{images_seen:09d}.png")
-            for logger in trainer.loggers:
-                _log_image(logger, f"samples/{name}", image_grid(images), pl_module.progress)
+        with weights_to_sample(trainer, method):
+            for name, sampler in self.samplers.items():
+                images = sample_images(denoiser, sampler, range(self.num_samples), seed=self.seed, labels=labels).cpu()
+                save_grid(images, self.dirpath / f"{name}_{progress.images_seen:09d}.png")
+                for logger in trainer.loggers:
+                    _log_image(logger, f"samples/{name}", image_grid(images), progress)
 
 
 def _log_image(logger: Any, name: str, image: Tensor, progress: Progress) -> None:

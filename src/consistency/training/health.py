@@ -13,8 +13,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from consistency.methods.base import Method
 from consistency.training.alarms import Collapse, NonFinite
 from consistency.training.csv_logger import announce_columns
+from consistency.training.triggers import callbacks_of, find_callback
 
 # Edges of ln sigma between the bands of `loss_level_*`: below, between and above these.
 LEVEL_EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
@@ -50,7 +52,7 @@ class TrainingLog(Callback):
     def _start_clock(self, step: int, images: int) -> None:
         self._last_step, self._last_images, self._since = step, images, time.perf_counter()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Start the clock; sums of an interrupted row go on."""
         announce_columns(trainer, ["loss", *(f"loss_level_{i}" for i in range(len(LEVEL_EDGES) + 1))])
         self._start_clock(pl_module.progress.step, pl_module.progress.images_seen)
@@ -73,13 +75,15 @@ class TrainingLog(Callback):
         """Restore the unfinished row."""
         self._sums, self._counts = state_dict["sums"], state_dict["counts"]
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Method, optimizer: Any) -> None:
         """Keep the gradient norm of the step that will be logged; unscaled under fp16."""
         if (pl_module.progress.step + 1) % self.every_n_steps == 0:
             grads = [p.grad for p in pl_module.trained_parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(grads)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Add up; write a row when it is due."""
         loss, sigma = outputs["per_sample"].float(), outputs["sigma"]
         band = torch.bucketize(sigma.log(), self._edges)
@@ -104,8 +108,7 @@ class TrainingLog(Callback):
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row["images_seen"] = images
         row["images_per_second"] = (images - self._last_images) / max(seconds, 1e-9)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
+        for callback in callbacks_of(trainer):
             if isinstance(callback, NonFinite | Collapse):
                 row |= callback.columns(pl_module)
         for logger in trainer.loggers:
@@ -114,7 +117,7 @@ class TrainingLog(Callback):
         pl_module.log("loss", row["loss"], on_step=True, on_epoch=False, logger=False, batch_size=1)  # for monitors
         self._reset(step, images)
         # The alarm skips or mends such steps and counts them, and it is the one that says when there are too many.
-        if not math.isfinite(row["loss"]) and not any(isinstance(callback, NonFinite) for callback in callbacks):
+        if not math.isfinite(row["loss"]) and find_callback(trainer, NonFinite) is None:
             raise FloatingPointError(
                 f"the loss is {row['loss']} at step {step}; lower optimizer.lr, or use precision=fp32 if it was fp16"
             )

@@ -49,14 +49,14 @@ class TrainingProgress(callbacks.ProgressBar):
             progress = pl_module.progress
             self.bar.advance(progress.schedule_step, progress.images_seen, lambda: _status(outputs))
 
-    def on_train_end(self, trainer: L.Trainer | None = None, pl_module: Any = None) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Leave the last state on screen, and give the terminal back."""
         if self.bar is not None:
             self.bar.close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Method, exception: BaseException) -> None:
         """Give the terminal back."""
-        self.on_train_end()
+        self.on_train_end(trainer, pl_module)
 
 
 def _status(outputs: Mapping[str, Any]) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from consistency.evaluation.protocol import Evaluation
 from consistency.io.atomic import write_text
-from consistency.training.agreement import check_ranks_agree
-from consistency.training.averaging import WeightEMA
+from consistency.methods.base import Method
+from consistency.training.averaging import weights_to_sample
 from consistency.training.checkpointing import RunCheckpoint
 from consistency.training.csv_logger import announce_columns
-from consistency.training.triggers import EvaluationInterruptedError, EveryNImages, find_callback
+from consistency.training.required import check_ranks_agree
+from consistency.training.triggers import EvaluationInterruptedError, EveryNImages, callbacks_of, find_callback
 from consistency.training.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
@@ -83,16 +84,17 @@ class QualityCallback(Callback):
         """Names of all scores, once prepared."""
         return [f"{score}_{name}" for name in self.samplers for score in self._scores]
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Method, stage: str) -> None:
         """Refuse a monitor that nothing will ever log."""
         self.prepare(trainer.datamodule)  # type: ignore[attr-defined]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in (*self.names, "loss"):
-                known = ", ".join((*self.names, "loss"))
-                raise ValueError(f"{type(callback).__name__} monitors {monitor}, which nothing logs; known are {known}")
+                allowed = ", ".join((*self.names, "loss"))
+                name = type(callback).__name__
+                raise ValueError(f"{name} monitors {monitor}, which nothing logs; allowed: {allowed}")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Method) -> None:
         """Start the clock; forget rows of steps that will be made again; measure what was given up."""
         self._started, self._seconds = time.perf_counter(), 0.0
         announce_columns(trainer, [*self.names, "quality_time_share"])
@@ -103,15 +105,17 @@ class QualityCallback(Callback):
                 if isinstance(logger, WandbLogger):
                     logger.define_scores(best)
         if self._trigger.is_due(pl_module.progress):
-            if (saver := find_callback(trainer, RunCheckpoint)) is not None:
+            if saver := find_callback(trainer, RunCheckpoint):
                 saver.install_signal_handlers()
             self.measure(trainer, pl_module)
         self._has_begun = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Method, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Measure when it is due; all ranks come here at the same count."""
         if self._trigger.is_due(pl_module.progress):
-            if (saver := find_callback(trainer, RunCheckpoint)) is not None:
+            if saver := find_callback(trainer, RunCheckpoint):
                 saver.save(trainer)
             self.measure(trainer, pl_module)
 
@@ -120,83 +124,71 @@ class QualityCallback(Callback):
         """Whether the last measurement was given up."""
         return self._was_given_up
 
-    def measure(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def measure(self, trainer: L.Trainer, method: Method) -> None:
         """Measure every sampler with the averaged weights, and log it."""
         started = time.perf_counter()
-        average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)  # type: ignore[attr-defined]
         try:
-            if average is None:
-                rows = self._rows(trainer, pl_module, "raw")
-            else:
-                with average.applied(pl_module) as weights:
-                    rows = self._rows(trainer, pl_module, weights)
+            rows = self._rows(trainer, method)
         except EvaluationInterruptedError:
             self._was_given_up = True
-            log.info("told to stop: the scores after %s images come later", f"{pl_module.progress.images_seen:,}")
+            log.info("asked to stop: the scores after %s images come later", f"{method.progress.images_seen:,}")
             return
         self._was_given_up = False
-        self._trigger.mark(pl_module.progress)
+        self._trigger.mark(method.progress)
         now = time.perf_counter()
         self._seconds += now - started
-        self._note(trainer, pl_module, rows, self._seconds / max(now - self._started, 1e-9))
+        self._log(trainer, method, rows, self._seconds / max(now - self._started, 1e-9))
 
-    def _rows(self, trainer: L.Trainer, pl_module: Any, weights: str) -> dict[str, dict[str, Any]]:
+    def _rows(self, trainer: L.Trainer, method: Method) -> dict[str, dict[str, Any]]:
         """Name of the sampler -> its row; the extractor is on the device for this long only."""
         extractor, reference = self._prepared
-        denoiser, was_training = pl_module.denoiser, pl_module.denoiser.training
-        saver = (
-            find_callback(trainer, RunCheckpoint) if trainer.world_size == 1 else None
-        )  # ranks could not give up at the same place
+        # Several ranks could not give up at the same place.
+        saver = find_callback(trainer, RunCheckpoint) if trainer.world_size == 1 else None
 
-        def check_time(count: int) -> None:
+        def check_interrupted(count: int) -> None:
             if saver is not None and saver.interrupted_by is not None:
                 raise EvaluationInterruptedError
 
-        rows = {}
+        def row(sampler: Callable[..., Tensor]) -> dict[str, Any]:
+            return self.evaluation.measure_sampler(
+                method.denoiser,
+                sampler,
+                extractor,
+                reference,
+                seed=self.seed,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                progress=check_interrupted,
+            )
+
         try:
-            denoiser.eval()
-            extractor.to(pl_module.device)
-            for name, sampler in self.samplers.items():
-                row = self.evaluation.measure_sampler(
-                    denoiser,
-                    sampler,
-                    extractor,
-                    reference,
-                    seed=self.seed,
-                    rank=trainer.global_rank,
-                    world_size=trainer.world_size,
-                    progress=check_time,
-                )
-                rows[name] = {**row, "weights": weights}
+            extractor.to(method.device)
+            with weights_to_sample(trainer, method) as weights:
+                return {name: {**row(sampler), "weights": weights} for name, sampler in self.samplers.items()}
         finally:
             extractor.cpu()
-            denoiser.train(was_training)
-        return rows
 
-    def _note(self, trainer: L.Trainer, pl_module: Any, rows: dict[str, dict[str, Any]], share: float) -> None:
+    def _log(self, trainer: L.Trainer, method: Method, rows: dict[str, dict[str, Any]], share: float) -> None:
         """To loggers, monitors, the file, and the list of the best."""
-        progress = pl_module.progress
+        at = {"images_seen": method.progress.images_seen, "step": method.progress.step}
         scores = {f"{score}_{name}": row[score] for name, row in rows.items() for score in self._scores}
         check_ranks_agree(trainer, scores, tolerance=1e-3)  # each computed from the same sums
         self.last = scores
         for name, value in scores.items():
             if self._has_begun:  # Lightning refuses it before: monitors miss what is made up for
-                pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+                method.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
             best = self.best.get(name)
             if best is None or (value > best["value"] if _higher_is_better(name) else value < best["value"]):
-                self.best[name] = {"value": value, "step": progress.step, "images_seen": progress.images_seen}
+                self.best[name] = {"value": value, **at}
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {**scores, "images_seen": progress.images_seen, "quality_time_share": share}, step=progress.step
-            )
+            row = {**scores, "images_seen": at["images_seen"], "quality_time_share": share}
+            logger.log_metrics(row, step=at["step"])
         if trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
             with (self.dirpath / "quality.jsonl").open("a") as file:
-                for name, row in rows.items():
-                    about = {"images_seen": progress.images_seen, "step": progress.step, "name": name}
-                    file.write(json.dumps({**about, **row}) + "\n")
+                file.writelines(json.dumps({**at, "name": name, **row}) + "\n" for name, row in rows.items())
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        log.info("after %s images: %s", f"{progress.images_seen:,}", shown)
+        log.info("after %s images: %s", f"{at['images_seen']:,}", shown)
 
     def state_dict(self) -> dict[str, Any]:
         """The best scores so far, and the last."""
