@@ -84,7 +84,11 @@ class Multirun(Sweeper):
         """Name -> override, of a file and of the command line; of one name the last wins."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*(f"{name}={values}" for name, values in params.items()), *arguments])
-        return {override.get_key_element(): override for override in overrides}
+        named: dict[str, Override] = {}
+        for override in overrides:
+            named.pop(override.get_key_element(), None)  # the order is that of the last ones: samplers draw in it
+            named[override.get_key_element()] = override
+        return named
 
     def launch(self, jobs: Sequence[Sequence[str]]) -> list[Run]:
         """Carry out runs, by their overrides; those that do not compose do not keep the others from it."""
