@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,11 @@ class Multirun(Sweeper):
         """Name -> override, of a file and of the command line; of one name the last wins."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*(f"{name}={values}" for name, values in params.items()), *arguments])
-        return {override.get_key_element(): override for override in overrides}
+        named: dict[str, Override] = {}
+        for override in overrides:
+            named.pop(override.get_key_element(), None)  # the order is that of the last ones: samplers draw in it
+            named[override.get_key_element()] = override
+        return named
 
     def launch(self, jobs: Sequence[Sequence[str]]) -> list[Run]:
         """Carry out runs, by their overrides; those that do not compose do not keep the others from it."""
@@ -118,9 +122,7 @@ class StudySweeper(Multirun):
 
     def carry_out(self, arguments: Sequence[str]) -> dict[str, str]:
         """Launch all runs at once."""
-        overrides = self.parse(self.params, arguments)
-        chosen = choose(self.variants, overrides)
-        jobs = [[*point, *own] for point in grid(overrides) for own in of_variants(self.variants, chosen, point)]
+        jobs = grid(self.parse(self.params, arguments), self.variants)
         runs = self.launch(jobs)
         named = zip(runs, labels(jobs), strict=True)
         failed = {label: run.error for run, label in named if run.error is not None}
@@ -129,13 +131,14 @@ class StudySweeper(Multirun):
         return failed
 
 
-def grid(overrides: Mapping[str, Override]) -> list[list[str]]:
-    """Every combination of the values that are listed.
+def grid(overrides: Mapping[str, Override], variants: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Every combination of the values that are listed, for every variant that is asked for.
 
     Raises:
-        ValueError: if a range has no list of values.
+        ValueError: if a range has no list of values; if there is no variant of that name, its name cannot be that of a
+            folder, or it changes what the command line sets.
     """
-    axes = []
+    axes: dict[str, list[str]] = {}
     for name, override in overrides.items():
         if override.is_interval_sweep():
             raise ValueError(
@@ -143,42 +146,26 @@ def grid(overrides: Mapping[str, Override]) -> list[list[str]]:
                 "hydra/sweeper=search to search it"
             )
         is_axis = override.is_sweep_override()
-        values = override.sweep_string_iterator() if is_axis else [override.get_value_element_as_str()]
-        axes.append([f"{name}={value}" for value in values])
-    return [list(point) for point in itertools.product(*axes)]
-
-
-def choose(variants: Mapping[str, Any], overrides: dict[str, Override]) -> list[str]:
-    """Take `variant=A,B` out of the overrides; without it, all variants.
-
-    Raises:
-        ValueError: if there is no variant of that name.
-    """
-    if not variants or "variant" not in overrides:
-        return list(variants)
-    names = [point[0].partition("=")[2] for point in grid({"variant": overrides.pop("variant")})]
-    if unknown := [name for name in names if name not in variants]:
-        raise ValueError(f"variant must be of {', '.join(variants)}, got {', '.join(unknown)}")
-    return names
-
-
-def of_variants(variants: Mapping[str, Sequence[str]], chosen: Sequence[str], point: Sequence[str]) -> list[list[str]]:
-    """Overrides of each chosen variant, its name first.
-
-    Raises:
-        ValueError: if a variant changes what the command line sets, or has a name that cannot be a folder's.
-    """
+        axes[name] = list(override.sweep_string_iterator()) if is_axis else [override.get_value_element_as_str()]
     if not variants:
-        return [[]]
-    fixed = {key(override) for override in point}
+        return [_joined(axes, point) for point in itertools.product(*axes.values())]
+    chosen = axes.pop("variant", list(variants))  # the last axis: all variants of the first seed come first
+    if unknown := [name for name in chosen if name not in variants]:
+        raise ValueError(f"variant must be of {', '.join(variants)}, got {', '.join(unknown)}")
     for name in chosen:
-        if isinstance(variants[name], str) or not all(isinstance(override, str) for override in variants[name]):
+        own = variants[name]
+        if isinstance(own, str) or not all(isinstance(override, str) for override in own):
             raise ValueError(f"hydra.sweeper.variants.{name} must be a list of overrides, as [metric=l2]")
         if re.fullmatch(r"[\w.+-]+", name) is None:
             raise ValueError(f"hydra.sweeper.variants has {name!r}; a name has letters, digits and . + - _ only")
-        if twice := sorted(fixed & {key(override) for override in variants[name]}):
+        if twice := sorted(set(map(key, axes)) & set(map(key, own))):
             raise ValueError(f"variant {name} sets {', '.join(twice)} itself; leave it out of the command")
-    return [[f"variant={name}", *variants[name]] for name in chosen]
+    points = [_joined(axes, point) for point in itertools.product(*axes.values())]
+    return [[*point, f"variant={name}", *variants[name]] for point in points for name in chosen]
+
+
+def _joined(names: Iterable[str], values: Iterable[str]) -> list[str]:
+    return [f"{name}={value}" for name, value in zip(names, values, strict=True)]
 
 
 def key(override: str) -> str:

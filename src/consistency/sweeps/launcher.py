@@ -86,9 +86,9 @@ class LocalLauncher(Launcher):
         named = zip(runs, labels([run.overrides for run in runs]), strict=True)
         waiting = [(run, label) for run, label in named if run.config is not None]
         slots = self.slots_for(cpu_only=all(run.config.trainer.accelerator == "cpu" for run, _ in waiting))  # type: ignore[union-attr]
-        each = ", ".join(f"{name}={value}" for name, value in list(slots[0].items())[:1])
-        side_by_side = min(len(slots), len(waiting))
-        log.info("%s: %d runs, %d at a time (%s)", self.config.hydra.sweep.dir, len(runs), side_by_side, each)
+        each = f"{self.gpus} GPU" if "CUDA_VISIBLE_DEVICES" in slots[0] else f"{self.threads} CPU thread"
+        where, count = self.config.hydra.sweep.dir, min(len(slots), len(waiting))
+        log.info("%s: %d runs, %d at a time (%s each)", where, len(runs), count, each)
         queue, numbers = iter(waiting), itertools.count(1)  # the threads share both
 
         def work(slot: dict[str, str]) -> None:
@@ -132,16 +132,15 @@ class LocalLauncher(Launcher):
             name, value = self._score(run.run_dir)
             score = "" if value is None else f", {name} {value:.4g}"
             return f"{status.get('state', 'finished')} {label}: {time.monotonic() - since:.0f} s{score}"
-        if self._stop_signal is not None or status.get("state") == "interrupted":
-            run.error = "stopped"
-            return f"stopped {label}"
+        state = status.get("state") if _time_of_status(run.run_dir) != before else None  # what this process wrote
         if code == REFUSED:  # what lies there is another's
             run.error = _last_line(run.run_dir)
-        elif status.get("state") == "failed" and _time_of_status(run.run_dir) != before:
-            run.error = str(status.get("error"))
+        elif self._stop_signal is not None or state == "interrupted":
+            run.error = "stopped"
         else:
-            run.error = _write_failure(run.run_dir, code, status)
-        return f"FAILED  {label}: {run.error} ({run.run_dir / 'train.log'})"
+            run.error = str(status["error"]) if state == "failed" else _write_failure(run.run_dir, code, status)
+        how = "stopped" if run.error == "stopped" else "FAILED "
+        return f"{how} {label}: {run.error} ({run.run_dir / 'train.log'})"
 
     def _start(self, run: Run, slot: dict[str, str]) -> subprocess.Popen[bytes]:
         assert run.run_dir is not None
