@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from consistency.checkpoints.pickles import Record, read_pickle
+from consistency.checkpoints.pickles import _ALLOWED, Record, read_pickle
 from snapshots import snapshot, snapshot_bytes
 
 DATA = Path(__file__).parents[1] / "data"
@@ -80,11 +80,13 @@ def test_tensors_survive(tmp_path):
     assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
 
 
-def test_functions_of_the_reader_cannot_be_changed(tmp_path):
-    # BUILD sets attributes on what it is given: here, the default arguments of a known function.
-    stream = b"\x80\x02ctorch._utils\n_rebuild_parameter\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
-    with pytest.raises(ValueError, match="change a function"):
+@pytest.mark.parametrize("name", [b"torch._utils\n_rebuild_parameter", b"dnnlib.util\nEasyDict"])
+def test_functions_of_the_reader_cannot_be_changed(tmp_path, name):
+    # BUILD sets attributes on what it is given: here, of a function or class of the reader.
+    stream = b"\x80\x02c" + name + b"\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
+    with pytest.raises(ValueError, match=r"file\.pkl (was not read: .* change a function|is not a readable)"):
         read_pickle(written(tmp_path, stream))
+    assert not hasattr(type(_ALLOWED["dnnlib.util", "EasyDict"]()), "__defaults__")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -119,11 +121,6 @@ def test_modules_that_hold_each_other_end(tmp_path):
     assert [name for name, _ in record.tensors()] == ["w", "b.v"]
 
 
-def test_large_memo_index_costs_nothing(tmp_path):
-    stream = b"\x80\x04N" + b"r" + (2**31 - 1).to_bytes(4, "little") + b"."
-    assert read_pickle(written(tmp_path, stream)) is None
-
-
 def test_name_cannot_break_the_line(tmp_path):
     name = "os\nsystem\x1b[31m" + "x" * 1000
     stream = b"\x80\x04" + b"\x8c\x01a" + b"X" + len(name).to_bytes(4, "little") + name.encode() + b"\x93."
@@ -135,60 +132,11 @@ def test_name_cannot_break_the_line(tmp_path):
     assert len(message) < 400
 
 
-def test_tensor_larger_than_its_storage_is_refused(tmp_path):
+@pytest.mark.parametrize(("offset", "size", "stride"), [(0, 1000, 1), (15, 2, 1), (-1, 2, 1), (0, 2, 100)])
+def test_tensor_outside_of_its_storage_is_refused(tmp_path, offset, size, stride):
     buffer = io.BytesIO()
     torch.save(torch.zeros(4).untyped_storage(), buffer, _use_new_zipfile_serialization=False)
     storage = Reduced(torch.storage._load_from_bytes, buffer.getvalue())
-    evil = Reduced(torch._utils._rebuild_tensor_v2, storage, 0, (1000,), (0,), False, None)
-    with pytest.raises(ValueError, match="larger than its storage"):
+    evil = Reduced(torch._utils._rebuild_tensor_v2, storage, offset, (size,), (stride,), False, None)
+    with pytest.raises(ValueError, match=r"file\.pkl is not a readable pickle"):
         read_pickle(written(tmp_path, evil))
-
-
-def nested(depth):
-    """Tuples of the same tuple twice: small in the file, 2^depth steps to hash or to print."""
-    stream = b"K\x01"
-    for _ in range(depth):
-        stream += b"2\x86"  # DUP, TUPLE2
-    return stream
-
-
-@pytest.mark.parametrize(
-    "stream",
-    [
-        b"}" + nested(60) + b"K\x01s.",
-        b"}(" + nested(60) + b"K\x01u.",
-        b"(" + nested(60) + b"K\x01d.",
-        b"\x8f(" + nested(60) + b"\x90.",
-        b"(" + nested(60) + b"\x91.",
-        b"cbuiltins\nset\n](" + nested(60) + b"e\x85R.",
-        b"ccollections\nOrderedDict\n](" + nested(60) + b"K\x01\x86e\x85R.",
-        b"cdnnlib.util\nEasyDict\n](" + nested(60) + b"K\x01\x86e\x85R.",
-        nested(60) + b"Q.",
-        b"\x96\xff\xff\xff\xff\x00\x00\x00\x00.",
-    ],
-)
-def test_small_files_that_would_take_forever_are_refused(tmp_path, stream):
-    with pytest.raises(ValueError, match=r"file\.pkl"):
-        read_pickle(written(tmp_path, b"\x80\x05" + stream))
-
-
-def test_a_file_that_multiplies_itself_is_refused(tmp_path):
-    """3 KB an item would be 3 GB: the same bytes decoded a million times."""
-    text = "x" * (1 << 20)
-    start = b"\x80\x02]q\x00(X" + len(text).to_bytes(4, "little") + text.encode() + b"q\x010"
-    again = b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00latin1\x86R"
-    with pytest.raises(ValueError, match="it repeats itself"):
-        read_pickle(written(tmp_path, start + again * 3000 + b"e."))
-
-
-def test_attributes_are_a_dictionary(tmp_path):
-    """A list of pairs would have its keys hashed without a look at them."""
-    stream = b"\x80\x02cdnnlib.util\nEasyDict\n)\x81]K\x01K\x02\x86ab."
-    with pytest.raises(ValueError, match="a list as its attributes"):
-        read_pickle(written(tmp_path, stream))
-
-
-def test_frames_and_long_numbers(tmp_path):
-    assert read_pickle(written(tmp_path, pickle.dumps({"a": list(range(1000))}, protocol=4)))["a"][-1] == 999
-    with pytest.raises(ValueError, match="opcode"):
-        read_pickle(written(tmp_path, b"\x80\x02\x8b" + (300).to_bytes(4, "little") + b"\x01" * 300 + b"."))

@@ -1,10 +1,9 @@
-"""Damaged and hostile files: every reader says so in one line, runs nothing, ends in time and takes no memory.
+"""Damaged and hostile files: every reader says so in one line, runs nothing and ends in time.
 
 FUZZ_INPUTS=400 (inputs a reader, `make fuzz`) in place of a short, fixed draw.
 """
 
 import os
-import resource
 import shutil
 import signal
 import warnings
@@ -17,7 +16,7 @@ from readers import ANY_ERROR, MARKER, READERS, payloads
 
 pytestmark = pytest.mark.slow
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 0))
-SECONDS, MEGABYTES = 10, 1500  # that one input may take; that all of a reader's may add to the largest size
+SECONDS = 10  # that one input may take
 
 
 class Hang(BaseException):
@@ -78,7 +77,7 @@ def test_damaged_files_end_in_one_line(name, others, tmp_path, monkeypatch, reco
         assert not (tmp_path / MARKER).exists()
         assert not (work / MARKER).exists()
 
-    before, handler = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, _hang)
+    handler = signal.signal(signal.SIGALRM, _hang)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,5 +86,4 @@ def test_damaged_files_end_in_one_line(name, others, tmp_path, monkeypatch, reco
         signal.signal(signal.SIGALRM, handler)
         for kind, number in count.items():
             record_property(f"fuzz {name}{kind}", number)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024
     assert {path.name for path in tmp_path.iterdir()} == {"valid", "work"}, "something was written outside"

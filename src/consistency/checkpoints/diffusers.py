@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency.checkpoints.layouts import check_depth, described, diffusers_modules, fill, ratio
-from consistency.io.safe_load import read_json
+from consistency.io.safe_load import first_line, read_json
 from consistency.io.tensors import read_state
 from consistency.models.denoiser import Denoiser
 from consistency.models.layers import SelfAttention
@@ -142,21 +142,22 @@ def _our_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     }
 
 
-def _their_config(denoiser: Denoiser) -> dict[str, Any]:
-    """Arguments of UNet2DModel, or the reason why there are none."""
-    network = denoiser.network
+def _check_exportable(denoiser: Denoiser, own: dict[str, Any], groups: set[int], heads: set[int]) -> None:
+    """Refuse a model that diffusers cannot hold, with the first reason.
+
+    Args:
+        denoiser: With a UNet.
+        own: Arguments of the UNet.
+        groups: Numbers of groups of its norms.
+        heads: Widths of its attention heads.
+    """
     parametrization = denoiser.parametrization
-    is_edm, noise_scale = isinstance(parametrization, EDM), getattr(parametrization, "noise_scale", None)
-    if not isinstance(network, UNet):
-        raise ValueError(f"diffusers cannot hold this model: its network is a {type(network).__name__}, not a UNet; "
-                         "use format=safetensors")  # fmt: skip
-    own = network.config
-    groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
-    attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
-    heads = {attention.proj.in_channels // attention.num_heads for attention in attentions}
+    noise_scale = getattr(parametrization, "noise_scale", None)
     reasons = {
         "its networks are ADM, this one is a DDPM++ or NCSN++ (network.adm=false)": not own["adm"],
-        f"its scheduler has EDM's parametrization, this model has {type(parametrization).__name__}": not is_edm,
+        f"its scheduler has EDM's parametrization, this model has {type(parametrization).__name__}": (
+            not isinstance(parametrization, EDM)
+        ),
         f"its scheduler feeds the network 250 ln(sigma), this model has noise_scale {noise_scale}": (
             noise_scale != NOISE_SCALE
         ),
@@ -175,12 +176,27 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):
         raise ValueError(f"diffusers cannot hold this model: {reason}; use format=safetensors")
+
+
+def _their_config(denoiser: Denoiser) -> dict[str, Any]:
+    """Arguments of UNet2DModel, or the reason why there are none."""
+    network = denoiser.network
+    if not isinstance(network, UNet):
+        kind = type(network).__name__
+        raise ValueError(
+            f"diffusers cannot hold this model: its network is a {kind}, not a UNet; use format=safetensors"
+        )
+    own = network.config
+    groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
+    attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
+    heads = {attention.proj.in_channels // attention.num_heads for attention in attentions}
+    _check_exportable(denoiser, own, groups, heads)
     sizes = [own["image_size"] >> level for level in range(len(own["channel_mult"]))]
     names = {kind: pair for pair, kind in _BLOCKS.items()}
     without = names[False, own["conv_resample"]]
     pairs = [names[True, None] if size in own["attention_resolutions"] else without for size in sizes]
     resample = "conv" if own["conv_resample"] else "resnet"
-    return {
+    config = {
         "sample_size": own["image_size"],
         "in_channels": own["in_channels"],
         "out_channels": own["in_channels"],
@@ -197,12 +213,10 @@ def _their_config(denoiser: Denoiser) -> dict[str, Any]:
         "norm_eps": own["norm_eps"],
         "resnet_time_scale_shift": "scale_shift" if own["scale_shift"] else "default",
         "num_class_embeds": own["num_classes"] or None,
-        **(
-            {"time_embedding_dim": round(own["emb_channel_mult"] * own["channels"])}
-            if own["emb_channel_mult"] != 4
-            else {}
-        ),
     }
+    if own["emb_channel_mult"] != 4:
+        config["time_embedding_dim"] = round(own["emb_channel_mult"] * own["channels"])
+    return config
 
 
 def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
@@ -234,12 +248,11 @@ def _split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
         contents = read_json(path)
-        if not isinstance(contents, dict):
-            raise ValueError(f"{path} is not a table of settings")
-        return contents
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder} is not a pipeline folder of diffusers: {path.relative_to(folder)} is missing"
-        ) from None
+        what = f"{path.relative_to(folder)} is missing"
+        raise ValueError(f"{folder} is not a pipeline folder of diffusers: {what}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is not a table of settings")
+    return contents

@@ -5,7 +5,6 @@ One table a project; importers and the exporter read the same one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,23 +231,20 @@ def ratio(width: int, channels: int) -> int | float:
 
 @contextmanager
 def described(source: str | Path, layout: str) -> Iterator[None]:
-    """Whatever reading a foreign file stumbles over becomes one line that names the file."""
+    """Every failure to read a foreign file becomes one line that names the file."""
     try:
         yield
     except ValueError as error:
-        of_training = re.sub(r"^network\.", "", str(error)) if str(error).startswith("network.") else None
-        if of_training is not None:  # an option of training, which a converter does not have
-            what = of_training.replace("data.", "")
+        what = str(error)
+        if what.startswith("network.") or "; change " in what:  # names options of training, which a converter has not
+            what = what.partition("; change ")[0].removeprefix("network.").replace("data.", "")
             raise ValueError(f"{source}: {what}; check image_size, head_channels, num_heads") from error
-        if "; change " not in str(error):
-            if str(source) in str(error):
-                raise
-            raise ValueError(f"{source} is not a network of {layout}: {first_line(error)}") from error
-        what = str(error).partition("; change ")[0]  # an option of training, which a converter does not have
-        raise ValueError(f"{source}: {what}; check image_size, head_channels, num_heads") from error
+        if str(source) in what:
+            raise
+        raise ValueError(f"{source} is not a network of {layout}: {first_line(error)}") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise ValueError(f"{source} is not a network of {layout}: {what.splitlines()[0][:160]}") from error
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{source} is not a network of {layout}: {what}") from error
 
 
 def _some(names: list[str]) -> str:

@@ -53,16 +53,9 @@ def _config(
     tensors: dict[str, Tensor], source: str, image_size: int | None, head_channels: int | None, num_heads: int | None
 ) -> dict[str, Any]:
     """Arguments of our UNet, read off names and shapes."""
-    needed = ("input_blocks.0.0.weight", "time_embed.0.weight", "output_blocks.0.0.out_layers.3.weight", "out.2.weight")
-    if lacking := [name for name in needed if name not in tensors]:
-        raise ValueError(f"{source} is not a network of OpenAI's layout: it lacks {lacking[0]}")
+    _check_layout(tensors, source)
     embed = tensors["time_embed.0.weight"]
     channels, in_channels = embed.shape[1], tensors["input_blocks.0.0.weight"].shape[1]
-    if tensors["out.2.weight"].shape[0] != in_channels:
-        got = tensors["out.2.weight"].shape[0]
-        raise ValueError(
-            f"{source} predicts {got} channels from {in_channels} (a learned variance); no such network here"
-        )
     blocks = 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"output_blocks\.\d+\.", name))
     # A block that enlarges is an extra last child; counting them gives the number of sizes.
     enlarges = re.compile(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
@@ -95,3 +88,13 @@ def _config(
         "conv_resample": any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in tensors),
         "adm": True,
     }
+
+
+def _check_layout(tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse what is no network of OpenAI's, or one that learns its variance."""
+    needed = ("input_blocks.0.0.weight", "time_embed.0.weight", "output_blocks.0.0.out_layers.3.weight", "out.2.weight")
+    if lacking := [name for name in needed if name not in tensors]:
+        raise ValueError(f"{source} is not a network of OpenAI's layout: it lacks {lacking[0]}")
+    into, out = tensors["input_blocks.0.0.weight"].shape[1], tensors["out.2.weight"].shape[0]
+    if out != into:
+        raise ValueError(f"{source} predicts {out} channels from {into} (a learned variance); no such network here")
