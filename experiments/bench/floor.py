@@ -25,7 +25,7 @@ from consistency.models.averages import ema_update_
 from consistency.models.execution import matmul_in_tf32
 from consistency.ops import from_uint8
 from consistency.training.averaging import TargetEMA, WeightEMA
-from consistency.training.randomness import StepSeeds
+from consistency.training.required import StepSeeds
 
 # What a run has besides: files and pictures, at places that are far apart.
 _APART = ("checkpoint", "sample_grid", "quality", "progress", "prune", "log", "collapse")
