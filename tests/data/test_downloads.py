@@ -54,9 +54,7 @@ class TestCifar10:
 
         monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
         (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
-        with pytest.raises(
-            ValueError, match=r"tar\.gz is damaged \(its MD5 .* put a complete one in its place$"
-        ):
+        with pytest.raises(ValueError, match=r"tar\.gz is damaged \(its MD5 .* put a complete one in its place$"):
             _ = Cifar10(tmp_path).labels
 
 
@@ -196,9 +194,7 @@ class TestHuggingFace:
             raise ConnectionError("no route to host\nand more")
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        with pytest.raises(
-            ValueError, match=r"owner/set \[train\] .* \(no route to host\).* network"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"owner/set \[train\] .* \(no route to host\).* network") as caught:
             HuggingFace("owner/set")
         assert "\n" not in str(caught.value)
 
