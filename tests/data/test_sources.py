@@ -1,16 +1,13 @@
 import json
 import os
 import pickle
-import struct
 import sys
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from consistency.data import sources
 from consistency.data.sources import Files, Lmdb, Zip
 
 
@@ -222,23 +219,12 @@ def test_a_picture_of_another_kind_is_not_handed_to_an_interpreter(tmp_path):
         Files(tmp_path).open(0)
 
 
-def test_a_picture_that_declares_gigapixels_is_not_decoded(tmp_path):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 13_000, 13_000, 8, 2, 0, 0, 0)  # below Pillow's own limit
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match=r"134,217,728 is the limit"):
-        Files(tmp_path).open(0)
-
-
-def test_a_zip_writes_nothing_and_does_not_unpack_a_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_BYTES", 1 << 20)
+def test_a_zip_writes_nothing(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("../../escape.png", b"")
-        file.writestr("bomb.png", bytes(1 << 22))
+        file.writestr("a.png", b"")
     source = Zip(tmp_path / "a.zip")
-    assert source.names == ["bomb.png"]
-    with pytest.raises(ValueError, match="larger than"):
+    assert source.names == ["a.png"]
+    with pytest.raises(UnidentifiedImageError):
         source.open(0)
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,17 @@ from typing import Any
 from PIL import Image
 
 from consistency.data.sources import MAX_CLASSES, Files
+from consistency.io.safe_load import first_line
 
 log = logging.getLogger(__name__)
+
+# Checksums of what torchvision downloads and verifies.
+_CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+_FLOWERS_MD5 = {
+    "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
+    "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
+    "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
+}
 
 
 class Cifar10:
@@ -40,7 +48,7 @@ class Cifar10:
             lambda: CIFAR10(str(self.root), train=self.train, download=True),
             f"CIFAR-10 is not in {self.root}",
             "put cifar-10-python.tar.gz there, or change data.dataset.root",
-            {self.root / "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"},
+            {self.root / "cifar-10-python.tar.gz": _CIFAR10_MD5},
         )
 
     @property
@@ -66,7 +74,7 @@ class Cifar10:
 
     def fingerprint(self) -> str:
         """The checksum of the archive, which torchvision verifies."""
-        return f"md5 c58f30108f718f92721af3b95e74349a, {'train' if self.train else 'test'}"
+        return f"md5 {_CIFAR10_MD5}, {'train' if self.train else 'test'}"
 
 
 class Flowers102:
@@ -92,19 +100,15 @@ class Flowers102:
         from scipy.io import loadmat
         from torchvision.datasets import Flowers102 as Verified
 
+        folder = self.root / "flowers-102"
         verified = _downloaded(
             lambda: Verified(str(self.root), download=True),
             f"flowers-102 is not in {self.root}",
-            f"put 102flowers.tgz, imagelabels.mat and setid.mat into {self.root}/flowers-102, or change "
-            "data.dataset.root",
-            {
-                self.root / "flowers-102" / "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
-                self.root / "flowers-102" / "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
-                self.root / "flowers-102" / "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
-            },
+            f"put {', '.join(_FLOWERS_MD5)} into {folder}, or change data.dataset.root",
+            {folder / name: md5 for name, md5 in _FLOWERS_MD5.items()},
         )
-        files = Files(self.root / "flowers-102" / "jpg")
-        labels = loadmat(self.root / "flowers-102" / "imagelabels.mat", squeeze_me=True)["labels"]
+        files = Files(folder / "jpg")
+        labels = loadmat(folder / "imagelabels.mat", squeeze_me=True)["labels"]
         if len(labels) != len(files):
             raise ValueError(f"{files.root} holds {len(files)} images, not {len(labels)}; unpack 102flowers.tgz anew")
         files.labels = [int(label) - 1 for label in labels]
@@ -134,7 +138,7 @@ class Flowers102:
 
     def fingerprint(self) -> str:
         """The checksum of the archive, which torchvision verifies."""
-        return "md5 52808999861908f626f3c1f4e79d11fa"
+        return f"md5 {_FLOWERS_MD5['102flowers.tgz']}"
 
 
 class HuggingFace:
@@ -252,39 +256,16 @@ def _load(name: str, split: str, config: str | None) -> Any:
         import datasets
     except ImportError as error:
         raise ValueError("Hugging Face's sets need a package: pip install 'consistency[hf]'") from error
-    saved = any(Path(name, file).exists() for file in ("state.json", "dataset_dict.json"))
     try:
-        if saved:
-            rows = datasets.load_from_disk(name)
-            if isinstance(rows, datasets.DatasetDict) and split not in rows:
-                raise ValueError(f"it has {', '.join(rows)}")
-            return rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        if Path(name).exists():
+        if not any(Path(name, file).exists() for file in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(name, config, split=split)
-        with _offline_unless_reachable():
-            return datasets.load_dataset(name, config, split=split)
+        rows = datasets.load_from_disk(name)
+        if isinstance(rows, datasets.DatasetDict) and split not in rows:
+            raise ValueError(f"it has {', '.join(rows)}")
+        return rows[split] if isinstance(rows, datasets.DatasetDict) else rows
     except Exception as error:  # of a dozen kinds, and of three libraries
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        advice = "check data.dataset.name and split, and the network"
-        raise ValueError(f"{name} [{split}] cannot be loaded ({what}); {advice}") from error
-
-
-@contextmanager
-def _offline_unless_reachable(timeout: float = 5.0) -> Iterator[None]:
-    """Tell Hugging Face's libraries when there is no network: they then turn to their cache at once, not after 23 s."""
-    import datasets
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception:  # whatever the reason, the hub is not there
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        advice = "check data.dataset.name and split, and the network (without one, HF_HUB_OFFLINE=1 saves the wait)"
+        raise ValueError(f"{name} [{split}] cannot be loaded ({first_line(error)}); {advice}") from error
 
 
 def _downloaded(make: Callable[[], Any], missing: str, advice: str, archives: Mapping[Path, str]) -> Any:
@@ -294,9 +275,9 @@ def _downloaded(make: Callable[[], Any], missing: str, advice: str, archives: Ma
     except (OSError, RuntimeError) as error:
         from torchvision.datasets.utils import check_integrity
 
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         for archive, md5 in archives.items():
             if archive.exists() and not check_integrity(str(archive), md5):
                 what = f"{archive} is damaged (its MD5 is not {md5}) and cannot be downloaded anew ({reason})"
-                raise ValueError(f"{what}; put a whole one in its place") from error
+                raise ValueError(f"{what}; put a complete one in its place") from error
         raise ValueError(f"{missing} and cannot be downloaded ({reason}); {advice}") from error
