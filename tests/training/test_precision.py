@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ending import Overflow, ScaledOnly
+from test_required import Overflow, ScaledOnly
 
 from consistency.methods.metrics import pseudo_huber
 from consistency.noise.curricula import DoublingLevels, FixedDecay
