@@ -172,7 +172,7 @@ def test_after_a_crash_nothing_is_sent_twice(job, tmp_path):
     assert [record.exit.exit_code for record in records(directory) if record.HasField("exit")] == [1, 0]
 
 
-# From here on without training: the logger of a run, and what it is told.
+# From here on without training: the logger alone.
 
 
 def session(folder, steps, **options):

@@ -53,7 +53,7 @@ class TrainingLog(Callback):
         self._last_step, self._last_images, self._since = step, images, time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Method) -> None:
-        """Start the clock; sums of an interrupted row go on."""
+        """Start the clock; an interrupted row continues."""
         announce_columns(trainer, ["loss", *(f"loss_level_{i}" for i in range(len(LEVEL_EDGES) + 1))])
         self._start_clock(pl_module.progress.step, pl_module.progress.images_seen)
         self._edges = self._edges.to(pl_module.device)

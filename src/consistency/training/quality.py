@@ -35,8 +35,8 @@ class QualityCallback(Callback):
     that `ModelCheckpoint(monitor=...)` finds them), and with all that makes them comparable to `quality.jsonl`.
     Training's random state is not touched.
 
-    The run is saved before it is measured. One that is told to stop gives the measurement up (on one process; several
-    finish it) and makes up for it when it goes on.
+    The run is saved before it is measured. One that is asked to stop gives the measurement up (on one process; several
+    finish it) and makes up for it when it continues.
 
     Args:
         evaluation: What is measured.
@@ -70,7 +70,7 @@ class QualityCallback(Callback):
         self._was_given_up = self._has_begun = False
 
     def prepare(self, data: Any) -> None:
-        """Get the extractor and the reference; whatever is missing is said here, before training starts."""
+        """Get the extractor and the reference; whatever is missing is an error here, before training starts."""
         if self._prepared is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._prepared = self.evaluation.prepare(data, device)
