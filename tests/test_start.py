@@ -53,7 +53,7 @@ def test_divergence_is_told_apart(cfg, tmp_path):
 
 @pytest.mark.parametrize("state", ["finished", "pruned"])
 def test_what_is_over_is_not_done_again(cfg, tmp_path, monkeypatch, state):
-    monkeypatch.setattr(module, "log_outputs", lambda run_dir: None)
+    monkeypatch.setattr(module, "log_outputs", lambda run_dir, imports: None)
     write_status(tmp_path, state=state, objective=1.0, scores={"a": 1.0, "b": 2.0})
     assert start(cfg, fails(AssertionError)) == 1.0
     cfg.objective = "b"
@@ -65,7 +65,7 @@ def test_what_is_over_is_not_done_again(cfg, tmp_path, monkeypatch, state):
 
 
 def test_other_ranks_of_a_finished_run_do_not_wait_for_the_first(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "log_outputs", lambda run_dir: None)
+    monkeypatch.setattr(module, "log_outputs", lambda run_dir, imports: None)
     monkeypatch.setenv("RANK", "1")
     assert start(cfg, lambda: 5.0) == 5.0
     write_status(tmp_path, state="finished", objective=1.0)

@@ -21,7 +21,7 @@ class Scores(QualityCallback):
 
     def __init__(self, dirpath, scores, every_n_images=8):
         self.scores, self.every_n_images, self.last = list(scores), every_n_images, {}
-        self._rhythm, self.dirpath = EveryNImages(every_n_images), Path(dirpath)
+        self._trigger, self.dirpath = EveryNImages(every_n_images), Path(dirpath)
 
     def prepare(self, data):
         pass
@@ -32,7 +32,7 @@ class Scores(QualityCallback):
     def measure(self, trainer, pl_module):
         score = self.scores.pop(0) if len(self.scores) > 1 else self.scores[0]
         self.last = {"fd_onestep": score, "other_onestep": 0.0}
-        self._rhythm.mark(pl_module.progress)
+        self._trigger.mark(pl_module.progress)
         write(self.dirpath, {pl_module.progress.images_seen: self.last["fd_onestep"]})
 
     def state_dict(self):

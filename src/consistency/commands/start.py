@@ -94,7 +94,7 @@ def _of_finished(cfg: DictConfig, run_dir: Path) -> float | None:
     advice = "overwrite=true trains it again, run_name=NAME trains another."
     log.info("%s is %s already; %s", run_dir, status["state"], advice)
     if status["state"] == "finished":
-        log_outputs(run_dir, cfg.imports)
+        log_outputs(run_dir, cfg.get("imports", ()))
     return objective_of(status, cfg.objective)
 
 

@@ -146,7 +146,7 @@ def _end(cfg: DictConfig, method: Method, callbacks: list[Any], run_dir: Path, s
         _export(method, callbacks, run_dir, cfg)
         write_status(run_dir, state="finished", **facts)
         log.info("trained %s images in %.0f s", f"{facts['images_seen']:,}", facts["seconds"])
-        log_outputs(run_dir, cfg.imports)
+        log_outputs(run_dir, cfg.get("imports", ()))
     return facts["objective"]
 
 
