@@ -73,6 +73,16 @@ def test_nothing_is_touched_before_the_first_row(tmp_path):
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
+def test_a_file_that_is_continued_keeps_its_columns(tmp_path):
+    write(tmp_path, "step,loss,lr\n1,0.5,0.1\n")
+    logger = CsvLogger(str(tmp_path))
+    logger.announce(["loss", "fid"])
+    logger.log_metrics({"loss": 1.0, "lr": 0.1}, step=2)
+    assert (tmp_path / "metrics.csv").read_bytes() == b"step,loss,lr\r\n1,0.5,0.1\r\n2,1.0,0.1\r\n"
+    logger.log_metrics({"fid": 3.0}, step=3)
+    assert [row["fid"] for row in read(tmp_path)] == ["", "", "3.0"]
+
+
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     earlier = CsvLogger(str(tmp_path))
     for step in (10, 20, 30):

@@ -49,8 +49,10 @@ class CsvLogger(Logger):
         """Append one row, or complete that of the same step."""
         row: dict[str, Any] = {"step": step or 0, **metrics}
         if not self._columns:
-            row = {"step": row["step"], **dict.fromkeys(self._announced, ""), **metrics}
-            self._rewrite([old for old in self._rows() if int(old["step"]) <= row["step"]], row)
+            earlier = [old for old in self._rows() if int(old["step"]) <= row["step"]]
+            if not earlier:  # a file that is continued keeps its columns
+                row = {"step": row["step"], **dict.fromkeys(self._announced, ""), **metrics}
+            self._rewrite(earlier, row)
         elif not row.keys() <= set(self._columns):
             self._rewrite(self._rows(), row)
         if str(row["step"]) == str(self._last.get("step")):
