@@ -56,7 +56,7 @@ def read_drawing(board: Any, shape: tuple[int, int, int]) -> Tensor:
     layers = board["layers"] if isinstance(board, dict) else []
     if not layers:
         return torch.zeros(4, height, width, dtype=torch.uint8)
-    return _tensor(Image.fromarray(layers[-1], "RGBA").resize((width, height), Image.Resampling.BOX))
+    return _tensor(Image.fromarray(layers[-1]).resize((width, height), Image.Resampling.BOX))
 
 
 def enlarged(image: Tensor) -> np.ndarray:
