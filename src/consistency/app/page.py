@@ -279,7 +279,8 @@ def _board(model: Model, name: str, brush: str) -> Any:
             elem_classes="picture",
         )
     radius = max(side // model.image_shape[2] // 2, side // 32)
-    colours = ["#ff3b30"] if brush == "mask" else ["#ffffff", "#ff3b30", "#34c759", "#007aff", "#ffcc00", "#000000"]
+    of_strokes = ["#ffffff", "#ff3b30", "#34c759", "#007aff", "#ffcc00", "#000000"]
+    colours: list[str | tuple[str, float]] = ["#ff3b30"] if brush == "mask" else [*of_strokes]
     return gr.ImageEditor(
         value=on_board(model, brush, None),
         show_label=False, image_mode="RGBA", format="png", sources=[], transforms=[], layers=False, buttons=[],
