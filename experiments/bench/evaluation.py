@@ -78,18 +78,16 @@ def measure(device: torch.device, images: int | None = None, batch: int | None =
             extract(extractor, uint8[: len(indices)])
 
     sides = {"sampling": sample, "features": features, "both": lambda: _measured(protocol, denoiser)}
-    if on_gpu:
-        sides["both, one after the other"] = lambda: _measured(protocol, denoiser, overlap=False)
     seconds = in_turns(sides, device, rounds=5 if on_gpu else 1)
     rates = {name: total / statistics.median(spent) for name, spent in seconds.items()}
     slower = min(rates["sampling"], rates["features"])
     return {"images": total, "batch": batch, "images_per_second": rates, "share_of_the_slower": rates["both"] / slower}
 
 
-def _measured(protocol: Evaluation, denoiser: Denoiser, overlap: bool | None = None) -> None:
+def _measured(protocol: Evaluation, denoiser: Denoiser) -> None:
     nothing: Any = None  # of a reference: this score needs none
     extractor = protocol.make_extractor(None)
-    protocol.measure_sampler(denoiser, ConsistencySampler(), extractor, nothing, seed=0, overlap=overlap)
+    protocol.measure_sampler(denoiser, ConsistencySampler(), extractor, nothing, seed=0)
 
 
 def say(found: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -31,8 +30,6 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # how the hash of the published file begins
 _CLASSIFIER = 1  # version of the classifier and its training
-# Held while an extractor has switched the precision of all threads; see evaluation.ahead.
-PRECISION_LOCK = threading.Lock()
 _TIMEOUT = 30.0  # seconds without a byte; a network that swallows packets would hang for ever
 
 
@@ -202,16 +199,15 @@ def _full_precision(device_type: str) -> Iterator[None]:
     switch, name, off = (
         (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
     )
-    with PRECISION_LOCK:
-        matmul, convolutions = torch.get_float32_matmul_precision(), getattr(switch, name)
-        torch.set_float32_matmul_precision("highest")
-        setattr(switch, name, off)
-        try:
-            with torch.autocast(device_type, enabled=False):
-                yield
-        finally:
-            setattr(switch, name, convolutions)
-            torch.set_float32_matmul_precision(matmul)
+    matmul, convolutions = torch.get_float32_matmul_precision(), getattr(switch, name)
+    torch.set_float32_matmul_precision("highest")
+    setattr(switch, name, off)
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        setattr(switch, name, convolutions)
+        torch.set_float32_matmul_precision(matmul)
 
 
 def _cached_classifier(

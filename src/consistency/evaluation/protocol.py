@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.evaluation.ahead import drawn_ahead, in_turn
 from consistency.evaluation.extractors import Extractor, Inception, classifier_extractor, find_inception
 from consistency.evaluation.measure import (
     batches_of_rank,
@@ -26,7 +24,7 @@ from consistency.evaluation.references import Reference, compute_reference
 from consistency.evaluation.residual import ResidualRecipe
 from consistency.io.tensors import digest_of
 from consistency.models.denoiser import Denoiser
-from consistency.sampling.images import counted, labels_of_seed, sample_images
+from consistency.sampling.images import counted, labels_of_seed, sample_batches
 from consistency.sampling.samplers import described
 
 
@@ -174,7 +172,6 @@ class Evaluation:
         rank: int = 0,
         world_size: int = 1,
         progress: Callable[[int], None] = lambda count: None,
-        overlap: bool | None = None,
     ) -> dict[str, Any]:
         """Scores of what a sampler draws from a model, and all that makes them comparable: one row of a table.
 
@@ -190,29 +187,21 @@ class Evaluation:
             rank: Of this process.
             world_size: Number of processes.
             progress: Told the number of images of each batch.
-            overlap: Draw the next batches while the extractor works; None for where that helps, on a GPU. The scores
-                are the same.
         """
-        taken, device = 0, extractor.device
-        if overlap is None:  # CUDA graphs belong to the thread that captured them
-            overlap = device.type == "cuda" and not denoiser.in_graphs
-        model: Any = in_turn(denoiser) if overlap else denoiser
+        taken = 0
+        labels = labels_of_seed(seed, range(self.num_samples), denoiser.num_classes)
+        parts = batches_of_rank(self.num_samples, self.batch_size, rank=rank, world_size=world_size)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for indices in batches_of_rank(self.num_samples, self.batch_size, rank=rank, world_size=world_size):
-                labels = labels_of_seed(seed, indices.tolist(), denoiser.num_classes)
-                yield sample_images(model, sampler, indices.tolist(), seed=seed, labels=labels), indices
-
-        def told(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal taken
-            for images, indices in batches:
+            own = (part.tolist() for part in parts)
+            for indices, images in sample_batches(denoiser, sampler, own, seed=seed, labels=labels):
                 taken += 1
                 progress(len(indices))
-                yield images, indices
+                yield images, torch.tensor(indices)
 
-        source = drawn_ahead(batches(), device) if overlap else nullcontext(batches())
-        with counted(denoiser) as evaluations, source as ready:
-            scores = self.measure(told(ready), extractor, reference)
+        with counted(denoiser) as evaluations:
+            scores = self.measure(batches(), extractor, reference)
         nfe = evaluations() // max(taken, 1)
         own = sampler.levels(denoiser) if hasattr(sampler, "levels") else []  # a plain function says none
         levels = [float(f"{level:.6g}") for level in own]
