@@ -37,9 +37,3 @@ def pseudo_huber(a: Tensor, b: Tensor, *, c: float | None = None) -> Tensor:
         return torch.where(squared > 0, squared.clamp(min=1e-30).sqrt(), torch.zeros_like(squared))
     # Equal to sqrt(squared + c^2) - c, but exactly 0 for equal images, and without the digits that subtraction loses.
     return squared / (torch.sqrt(squared + c**2) + c)
-
-
-def charbonnier(a: Tensor, b: Tensor, *, epsilon: float = 1e-3) -> Tensor:
-    """Mean over pixels of sqrt((a - b)^2 + epsilon^2) - epsilon; [B]."""
-    squared = (a - b).square()
-    return (squared / ((squared + epsilon**2).sqrt() + epsilon)).flatten(1).mean(dim=1)
