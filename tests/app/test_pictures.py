@@ -1,5 +1,7 @@
 """What a browser may send: bounded before it is decoded, refused in one line."""
 
+import io
+import json
 import struct
 import tracemalloc
 import zlib
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency.app.pictures import MAX_PIXELS, enlarged, painted, picture, read_drawing, read_upload
+from consistency.app.pictures import MAX_PIXELS, data_url, painted, read_board, read_upload, write_board
 
 SHAPE = (1, 8, 8)
 
@@ -59,39 +61,55 @@ def test_an_upload_comes_at_the_models_size(tmp_path):
     assert torch.equal(read_upload(tmp_path / "strip.png", SHAPE), torch.full(SHAPE, 9, dtype=torch.uint8))
 
 
-def test_a_drawing_comes_at_the_models_size():
-    layer = np.zeros((32, 32, 4), np.uint8)
-    layer[:4, :4] = 255, 0, 0, 255  # one pixel of the model's
-    layer[4:8, 0] = 0, 0, 255, 255  # a quarter of the one below
-    drawing = read_drawing({"background": None, "layers": [layer], "composite": None}, SHAPE)
-    assert drawing[:, 0, 0].tolist() == [255, 0, 0, 255]
-    assert drawing[:, 1, 0].tolist() == [0, 0, 255, 64]
-    assert not drawing[:, 2:].any()
-    assert not drawing[:, :, 1:].any()
-
-
-@pytest.mark.parametrize("board", [None, np.zeros((8, 8, 3), np.uint8), {"background": None, "layers": []}])
-def test_a_board_without_a_drawing(board):
-    assert torch.equal(read_drawing(board, SHAPE), torch.zeros(4, 8, 8, dtype=torch.uint8))
-
-
-def test_small_images_are_enlarged_by_whole_pixels():
+def test_a_board_comes_back_as_it_was():
     image = torch.randint(0, 256, SHAPE, dtype=torch.uint8)
-    for shown, side in ((picture(image[None]), 480), (enlarged(image), 320)):
-        assert shown.shape == (side, side, 3)
-        cells = shown.reshape(8, side // 8, 8, side // 8, 3)
-        assert (cells == cells[:, :1, :, :1]).all()
-        assert np.array_equal(cells[:, 0, :, 0, 0], image[0].numpy())
+    drawing = torch.randint(0, 256, (4, 8, 8), dtype=torch.uint8)
+    read, layer = read_board(json.dumps({"image": data_url(image), "drawing": data_url(drawing)}), SHAPE)
+    assert torch.equal(read, image)
+    assert torch.equal(layer, drawing)
+    read, layer = read_board(write_board(image), SHAPE)
+    assert torch.equal(read, image)
+    assert not layer.any()
+    assert read_board(None, SHAPE)[0] is None
+    assert read_board(write_board(None), SHAPE)[0] is None
+
+
+def other_size():
+    return data_url(torch.zeros(1, 16, 16, dtype=torch.uint8))
+
+
+def jpeg():
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "JPEG")
+    return "data:image/png;base64," + __import__("base64").b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "[", "null", "[]", "{}", 3, {"image": None}, '{"image": 3, "drawing": null}', "[" * 5000,
+        json.dumps({"image": "http://127.0.0.1/x.png", "drawing": None}),
+        json.dumps({"image": "file:///etc/hostname", "drawing": None}),
+        json.dumps({"image": "data:image/png;base64,????", "drawing": None}),
+        json.dumps({"image": other_size(), "drawing": None}),
+        json.dumps({"image": None, "drawing": jpeg()}),
+        json.dumps({"image": "data:image/png;base64," + "A" * 100_000, "drawing": None}),
+    ],
+)  # fmt: skip
+def test_anything_else_on_a_board_is_refused_in_one_line(value):
+    with pytest.raises(ValueError, match="the drawing ") as refused:
+        read_board(value, SHAPE)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_painting_is_laid_over_the_image():
-    image = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    image = torch.full((3, 8, 8), 100, dtype=torch.uint8)
     drawing = torch.zeros(4, 8, 8, dtype=torch.uint8)
     drawing[0, :4], drawing[3, :4] = 255, 255
     drawing[3, 0] = 51  # a fifth
-    result = painted(image, drawing, 3)[0]
+    result = painted(image, drawing, 3)
     assert result[:, 7, 0].tolist() == [100, 100, 100]
     assert result[:, 2, 0].tolist() == [255, 0, 0]
     assert result[:, 0, 0].tolist() == [131, 80, 80]
-    assert painted(None, drawing, 1)[0, 0, 2, 0] == 76  # luma of red
-    assert painted(None, drawing, 1)[0, 0, 7, 0] == 0
+    assert painted(None, drawing, 1)[0, 2, 0] == 76  # luma of red
+    assert painted(None, drawing, 1)[0, 7, 0] == 0

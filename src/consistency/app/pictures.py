@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import base64
+import binascii
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from consistency.data.cropping import edm, with_channels
-from consistency.data.image_files import image_grid
 from consistency.data.sources import FORMATS
-from consistency.sampling.operators import enlarge
 
 MAX_PIXELS = 1 << 24  # of an upload, decoded: 64 MB as RGBA
-_BOARD, _RESULT = 320, 480  # width of an editor and of a result, in screen pixels
+_PNG = "data:image/png;base64,"
 
 
 def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
@@ -45,42 +46,65 @@ class _RefusedError(ValueError):
     """Written for the user, unlike what Pillow says."""
 
 
-def read_drawing(board: Any, shape: tuple[int, int, int]) -> Tensor:
-    """What was drawn in Gradio's editor, at the model's size: uint8 [4, H, W] as RGBA; a pixel is the mean of its area.
+def read_board(value: Any, shape: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
+    """What lies on a board of the page: (image uint8 [C, H, W] or None, drawing uint8 [4, H, W] as RGBA).
 
     Args:
-        board: `{"layers": [uint8 arrays [H', W', 4]], ...}`; anything else has no drawing.
+        value: JSON of the browser: `{"image": PNG or null, "drawing": PNG or null}`, as data URLs of the board's size.
         shape: Of the model's images.
+
+    Raises:
+        ValueError: in one line, for anything else.
     """
-    _, height, width = shape
-    layers = board["layers"] if isinstance(board, dict) else []
-    if not layers:
-        return torch.zeros(4, height, width, dtype=torch.uint8)
-    return _tensor(Image.fromarray(layers[-1]).resize((width, height), Image.Resampling.BOX))
+    channels, height, width = shape
+    if value is None:
+        return None, torch.zeros(4, height, width, dtype=torch.uint8)
+    limit = 16 * height * width + 8192  # two raw RGBA pictures in base64 are below it
+    if not isinstance(value, str) or len(value) > limit:
+        raise ValueError(f"the drawing is larger than {limit:,} characters, the limit for {width}x{height} pixels")
+    try:
+        board = json.loads(value)
+        image, drawing = (_read_png(board[key], width, height) for key in ("image", "drawing"))
+    except (ValueError, TypeError, KeyError, RecursionError, OSError, SyntaxError) as error:
+        raise ValueError("the drawing did not arrive whole; clear it and draw again") from error
+    layer = torch.zeros(4, height, width, dtype=torch.uint8) if drawing is None else _tensor(drawing.convert("RGBA"))
+    return None if image is None else _tensor(with_channels(image, channels)), layer
 
 
-def enlarged(image: Tensor) -> np.ndarray:
-    """uint8 [C, H, W] as an array [H', W', 3] of about `_BOARD` pixels: each pixel becomes a square."""
-    return _array(enlarge(image, max(_BOARD // image.shape[-1], 1)).expand(3, -1, -1))
+def _read_png(url: Any, width: int, height: int) -> Image.Image | None:
+    if url is None:
+        return None
+    if not (isinstance(url, str) and url.startswith(_PNG)):
+        raise ValueError("not a PNG")
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(url[len(_PNG) :], validate=True)), formats=("PNG",))
+    except binascii.Error as error:
+        raise ValueError("not base64") from error
+    if image.size != (width, height):
+        raise ValueError("of another size")
+    image.load()
+    return image
 
 
-def picture(images: Tensor) -> np.ndarray:
-    """uint8 [N, C, H, W] as one array [H', W', 3]: a nearly square grid, small images enlarged by whole pixels."""
-    columns = math.ceil(len(images) ** 0.5) if len(images) > 3 else len(images)
-    cell = max(_RESULT // columns // images.shape[-1], 1) * images.shape[-1]  # image_grid rounds up
-    return _array(image_grid(images, columns, cell))
+def write_board(image: Tensor | None) -> str:
+    """The JSON that puts an image, uint8 [C, H, W], on a board and wipes the drawing."""
+    return json.dumps({"image": None if image is None else data_url(image), "drawing": None})
 
 
-def _array(image: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+def data_url(image: Tensor) -> str:
+    """uint8 [1, 3 or 4, H, W] as a PNG in a URL."""
+    pixels = image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    return _PNG + base64.b64encode(buffer.getvalue()).decode()
 
 
 def painted(image: Tensor | None, drawing: Tensor, channels: int) -> Tensor:
-    """The drawing [4, H, W] over an image [1, C, H, W] (None: black), as [1, C, H, W]; grey by luma where C is 1."""
+    """The drawing [4, H, W] laid over an image (None: black); uint8 [C, H, W], grey by luma where C is 1."""
     alpha = drawing[3:].float() / 255
-    below = torch.zeros(3, *drawing.shape[1:]) if image is None else image[0].expand(3, -1, -1).float()
+    below = torch.zeros(3, *drawing.shape[1:]) if image is None else image.expand(3, -1, -1).float()
     rgb = (alpha * drawing[:3].float() + (1 - alpha) * below).round().to(torch.uint8)
-    return _tensor(with_channels(Image.fromarray(_array(rgb)), channels))[None]
+    return _tensor(with_channels(Image.fromarray(np.ascontiguousarray(rgb.permute(1, 2, 0).numpy())), channels))
 
 
 def _tensor(image: Image.Image) -> Tensor:

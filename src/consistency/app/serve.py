@@ -14,11 +14,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from consistency.api import Model, load
 from consistency.app.page import CSS, build
+from consistency.app.studio import Studio
 
 _LOOPBACK = ("127.0.0.1", "localhost")
-_FOLDER = "GRADIO_TEMP_DIR"  # Gradio's name for where uploads and results lie
 _OVERHEAD = 1 << 20  # bytes of a request beside an upload: forms, drawings
 
 
@@ -27,20 +26,22 @@ def app(cfg: DictConfig) -> None:
     _quiet()
     # Service managers end a process so; unhandled, it would leave the uploads behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    model = load(cfg.ckpt, weights=cfg.weights, device=cfg.device)
-    with serving(model, host=cfg.host, port=cfg.port, max_upload_mb=cfg.max_upload_mb) as blocks:
-        print(f"consistency-app: {cfg.ckpt} at {blocks.local_url} on {model.device}; Ctrl-C ends it", flush=True)
+    from consistency.api import load
+
+    studio = Studio(load(cfg.ckpt, weights=cfg.weights, device=cfg.device))
+    with serving(studio, host=cfg.host, port=cfg.port, max_upload_mb=cfg.max_upload_mb) as blocks:
+        print(f"consistency-app: {cfg.ckpt} at {blocks.local_url} on {studio.model.device}; Ctrl-C ends it", flush=True)
         blocks.server.thread.join()
 
 
 @contextmanager
-def serving(model: Model, *, host: str, port: int | None, max_upload_mb: int) -> Iterator[Any]:
+def serving(studio: Studio, *, host: str, port: int | None, max_upload_mb: int) -> Iterator[Any]:
     """The page, served from a thread while the context lasts; yields Gradio's Blocks, which know their `local_url`.
 
     Uploads and results lie in a folder of this server's own, which goes with it.
 
     Args:
-        model: What answers.
+        studio: What answers.
         host: 127.0.0.1 for this machine alone.
         port: None for the first free one from 7860.
         max_upload_mb: Of a file; larger requests are refused before they are read.
@@ -50,25 +51,35 @@ def serving(model: Model, *, host: str, port: int | None, max_upload_mb: int) ->
     """
     _quiet()
     _check_address(host, port)
-    before = os.environ.get(_FOLDER)
-    with TemporaryDirectory(prefix="consistency-app-", ignore_cleanup_errors=True) as folder:
-        os.environ[_FOLDER] = folder  # by default all users of a machine share one that nobody empties
-        blocks = build(model)
+    with TemporaryDirectory(prefix="consistency-app-", ignore_cleanup_errors=True) as folder, _gradio_folder(folder):
+        blocks = build(studio)
         try:
-            _launch(blocks, host, port, max_upload_mb << 20)
+            _launch(blocks, host, port, max_upload_mb << 20, 16 * studio.width * studio.height)
             yield blocks
         finally:
             blocks.close(verbose=False)
-            os.environ.pop(_FOLDER)
-            os.environ |= {} if before is None else {_FOLDER: before}
 
 
-def _launch(blocks: Any, host: str, port: int | None, upload: int) -> None:
+@contextmanager
+def _gradio_folder(folder: str) -> Iterator[None]:
+    """Gradio's files lie in `folder`; by default all users of a machine share one that nobody empties."""
+    name = "GRADIO_TEMP_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _launch(blocks: Any, host: str, port: int | None, upload: int, board: int) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    middleware = [Middleware(BoundedRequests, limit=upload + _OVERHEAD)]
+    middleware = [Middleware(BoundedRequests, limit=upload + board + _OVERHEAD)]
     if host in _LOOPBACK:  # a name of somebody else's that leads here is a page of theirs that reads this one
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(_LOOPBACK)))
     blocks.launch(
