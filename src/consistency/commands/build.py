@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -51,16 +51,24 @@ def make_method(cfg: DictConfig) -> Method:
     try:
         method = instantiate(cfg.method, _convert_="object")
     except InstantiationException as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error.__cause__))
-        if not isinstance(error.__cause__, TypeError) or found is None:
-            raise
-        raise ValueError(
-            f"method: {error.__cause__}; leave it out with ~method.{found[1]}, or take **options and hand them on"
-        ) from None
-    if not isinstance(method, Method):
+        if isinstance(error.__cause__, TypeError):
+            _refuse_unknown_options(cfg.method)
+        raise
+    if not isinstance(method, Method):  # what was given is a method or none; nothing is decided by which
         raise ValueError(f"method is a {type(method).__name__}; allowed: a subclass of consistency.Method")
     _ = method.denoiser.config
     return method
+
+
+def _refuse_unknown_options(method: DictConfig) -> None:
+    """Name an option of a method's file that its class does not take, as a class that extends another file may not."""
+    takes = inspect.signature(get_object(method._target_)).parameters
+    unknown = [name for name in method if not str(name).startswith("_") and name not in takes]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        raise ValueError(
+            f"{method._target_} does not take the option {unknown[0]}; leave it out with ~method.{unknown[0]}, or take "
+            "**options and hand them on"
+        )
 
 
 def prepare_method(method: Method, cfg: DictConfig, data: ImageDataModule, *, is_new: bool) -> None:

@@ -36,16 +36,11 @@ def check(command: str, cfg: DictConfig) -> None:
         _check_complete(cfg)
     for option, rule in RULES[command].items():
         value = OmegaConf.select(cfg, option, default=_ABSENT, throw_on_missing=True)
-        if value is not _ABSENT and not (value is None and _is_optional(option)):
+        if value is not _ABSENT:
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             require(rule.holds(value), option, value, rule.allowed)
     if command in _TOGETHER:
         _TOGETHER[command](cfg)
-
-
-def _is_optional(option: str) -> bool:
-    """Parts of one's own may have no such setting."""
-    return option in ("model.sigma_min", "model.sigma_max", "data.sigma_data")
 
 
 def require(condition: bool, option: str, got: Any, allowed: str) -> None:

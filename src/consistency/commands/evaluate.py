@@ -21,6 +21,7 @@ from consistency.data.image_files import read_images
 from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.protocol import Evaluation
 from consistency.evaluation.references import Reference, read_reference, reference_of_images
+from consistency.io.atomic import write_text
 from consistency.io.progress import counting
 from consistency.models.denoiser import Denoiser
 from consistency.noise.grids import descending
@@ -127,10 +128,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def write_json(report: Any, path: Path) -> None:
     """Write a report in one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def draw_plot(path: Path, x: list[float], y: list[float], *, labels: tuple[str, str], title: str) -> None:

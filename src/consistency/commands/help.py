@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from consistency.config import CONF_DIR, EXPERIMENTS_DIR
@@ -25,11 +25,12 @@ def help_page(command: str, config_name: str) -> str:
         if found["name"] not in ("defaults", "hydra"):
             value = "(needed)" if found["value"] == "???" else found["value"] or "null"
             page += _entry(f"{found['name']}={value}", found["comment"] or "")
-    groups = [found for found in _matches(_GROUP, lines) if _choices(found["name"])]
+    groups = {found["name"]: found["value"] for found in _matches(_GROUP, lines) if _choices(found["name"])}
+    groups |= {name: "(of the method)" for name in _brought_by(groups) if name not in groups}
     if groups:
         page += ["", "Groups (GROUP=CHOICE; each setting of one is an option, as GROUP.SETTING=VALUE):"]
-    for found in groups:
-        page += _entry(f"{found['name']}={found['value']}", ", ".join(_choices(found["name"])))
+    for name, value in groups.items():
+        page += _entry(f"{name}={value}", ", ".join(_choices(name)))
     more = f"consistency-{command} ... --cfg job shows all settings; docs/ explains them."
     return "\n".join([*page, "", more])
 
@@ -53,6 +54,12 @@ def _lines(config_name: str) -> list[str]:
     inherited = [line for name in extended for line in _lines(name) if not line.startswith("# ")]
     named = {found["name"] for found in _matches(_OPTION, own)}
     return own + [line for line in inherited if not (found := _OPTION.fullmatch(line)) or found["name"] not in named]
+
+
+def _brought_by(groups: Iterable[str]) -> list[str]:
+    """Groups that the files of others put beside themselves, as a method its metric and levels."""
+    files = [file for group in groups for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+    return [name for file in files for name in re.findall(r"- /(\w+)@_global_\.\1:", file.read_text())]
 
 
 def _choices(group: str) -> list[str]:
@@ -104,9 +111,8 @@ def _groups(config_name: str) -> list[str]:
 def _options(config_name: str) -> list[str]:
     """Dotted names of the options of a command and of all files of its groups."""
     names = [found["name"] for found in _matches(_OPTION, _lines(config_name))]
-    for group in {*_groups(config_name), "metric", "curriculum", "levels", "weighting", "model", "parametrization"}:
-        for file in (CONF_DIR / group).glob("*.yaml"):
-            names += _dotted(file, group)
+    for file in CONF_DIR.glob("*/*.yaml"):
+        names += _dotted(file, file.parent.name)
     return sorted(set(names))
 
 

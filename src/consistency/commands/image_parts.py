@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from consistency.data.image_files import MANIFEST, npz_note, save_npz, save_png
 from consistency.io.atomic import write_text
+from consistency.io.nested import flatten
 from consistency.io.run_dir import locked
 from consistency.io.safe_load import read_json
 
@@ -52,9 +53,9 @@ class ImageParts:
         batches = range(math.ceil(self.num_samples / self.batch_size))
         return [k for k in batches if not all(_ends_as_png(self.path(index)) for index in self.indices(k))]
 
-    def count_done(self) -> int:
-        """Images of complete batches."""
-        return self.num_samples - sum(len(self.indices(batch)) for batch in self.missing())
+    def count_done(self, missing: Sequence[int]) -> int:
+        """Images of all batches but the missing ones."""
+        return self.num_samples - sum(len(self.indices(batch)) for batch in missing)
 
     def write(self, batch: int, images: Tensor) -> None:
         """Write the PNGs of a batch of uint8 images [B, C, H, W]."""
@@ -148,21 +149,13 @@ def check_same(settings: Mapping[str, Any], found: Any, out: Path) -> None:
     there = found.get("settings") if isinstance(found, dict) else None
     if not isinstance(there, dict):
         raise ValueError(f"out={out} holds a {MANIFEST} that does not say how its images were drawn; name a new out")
-    here, there = _flat(json.loads(json.dumps(dict(settings)))), _flat(there)
+    here, there = flatten(json.loads(json.dumps(dict(settings)))), flatten(there)
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             raise ValueError(
                 f"out={out} holds images of other settings: {name} is {_short(here.get(name))} now, "
                 f"{_short(there.get(name))} there; name a new out, or delete the old images"
             )
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """{"sampler": {"num_steps": 18}} -> {"sampler.num_steps": 18}: names as a person types them."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return flat
 
 
 def _short(value: Any) -> str:

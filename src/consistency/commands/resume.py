@@ -12,7 +12,7 @@ from typing import Any
 from consistency.checkpoints.native import read_checkpoint
 from consistency.commands.folder import RefusedError
 from consistency.data.module import ImageDataModule
-from consistency.io.atomic import atomic_replace, verify_manifest
+from consistency.io.atomic import atomic_write, verify_manifest
 from consistency.io.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT
 from consistency.io.safe_load import table_of
 from consistency.training.csv_logger import CsvLogger
@@ -52,9 +52,8 @@ def find_checkpoint(run_dir: Path, *, is_first_rank: bool) -> tuple[Path | None,
         if last.exists():
             os.replace(last, last.with_name("damaged.ckpt"))
             log.warning("the damaged file is kept as %s", last.with_name("damaged.ckpt"))
-        fresh = last.with_suffix(".partial")
-        shutil.copyfile(previous, fresh)
-        atomic_replace(fresh, last)
+        with atomic_write(last) as fresh:
+            shutil.copyfile(previous, fresh)
     return previous, checkpoint
 
 

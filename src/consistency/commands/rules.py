@@ -57,6 +57,8 @@ COUNT, NATURAL = integer(1), integer(0)
 FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT = Rule(lambda value: isinstance(value, str) and value != "", "a name")
 POSITIVE = Rule(lambda value: is_number(value) and value > 0, "a positive number")
+# Parts of one's own may have none.
+IF_THERE = Rule(lambda value: value is None or POSITIVE.holds(value), POSITIVE.allowed)
 NOT_NEGATIVE = Rule(lambda value: is_number(value) and value >= 0, "a number, at least 0")
 EXISTS = Rule(lambda value: Path(str(value)).exists(), "a file or folder that exists")
 SEED, LIGHTNING_SEED = integer(0, 2**63 - 1), integer(0, 2**32 - 1)
@@ -97,9 +99,9 @@ _TRAIN = {
     "seed": LIGHTNING_SEED,
     "metric.c": NOT_NEGATIVE.or_null(" for iCT's"),
     "method.guidance": GUIDANCE,
-    "model.sigma_min": POSITIVE,
-    "model.sigma_max": POSITIVE,
-    "data.sigma_data": POSITIVE,
+    "model.sigma_min": IF_THERE,
+    "model.sigma_max": IF_THERE,
+    "data.sigma_data": IF_THERE,
     "optimizer.lr": POSITIVE,
     "optimizer.betas": Rule(
         lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_BELOW_ONE, value)),

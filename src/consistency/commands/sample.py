@@ -105,30 +105,36 @@ def _write_files(cfg: DictConfig, out: Path, denoiser: Any, sampler: Any, device
     parts = ImageParts(out.with_name(f"{out.name}.partial") if as_npz else out, cfg.num_samples, cfg.batch_size)
     if rank > 0:
         if wait_for_first(parts, out, settings):
-            _sample_missing(parts, job, denoiser, devices, rank, world_size)
+            _sample_missing(parts, parts.missing(), job, denoiser, devices, rank, world_size)
         return True
     if as_npz and is_finished_npz(out, settings):
         return False
     with claimed(parts, out, settings):
-        was_missing = bool(parts.missing())
+        missing = parts.missing()
         with _stoppable(parts, out):
-            _sample_missing(parts, job, denoiser, devices, rank, world_size)
+            _sample_missing(parts, missing, job, denoiser, devices, rank, world_size)
             if world_size > 1:
                 wait_for_others(parts)
         if as_npz:
             finish_npz(parts, out, labels, settings)
         else:
             finish_folder(parts, settings)
-    return was_missing or as_npz
+    return bool(missing) or as_npz
 
 
 def _sample_missing(
-    parts: ImageParts, job: Job, denoiser: Any, devices: list[torch.device], rank: int, world_size: int
+    parts: ImageParts,
+    missing: list[int],
+    job: Job,
+    denoiser: Any,
+    devices: list[torch.device],
+    rank: int,
+    world_size: int,
 ) -> None:
-    """The batches of this process of torchrun that are not on disk, on its devices."""
-    batches = [batch for batch in parts.missing() if batch % world_size == rank]
+    """Of the missing batches those of this process of torchrun, on its devices."""
+    batches = [batch for batch in missing if batch % world_size == rank]
     devices = devices[: max(1, len(batches))]
-    with counting("sampling", parts.num_samples, parts.count_done()) as progress:
+    with counting("sampling", parts.num_samples, parts.count_done(missing)) as progress:
         if batches and len(devices) == 1:
             sample_parts(job.ready(denoiser, devices[0]), job, parts, batches, progress)
         elif batches:
@@ -158,7 +164,7 @@ def _stoppable(parts: ImageParts, out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        done = parts.count_done()
+        done = parts.count_done(parts.missing())
         log.info("%s: stopped at %d of %d images; the same command goes on", out, done, parts.num_samples)
         raise
     finally:

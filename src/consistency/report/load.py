@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from consistency.io import safe_load
+from consistency.io.nested import flatten
 
 _MARKS = ("config.yaml", "status.json", "metrics.csv")  # one of them makes a folder a run
 _STATES = ("finished", "failed", "interrupted", "pruned")
@@ -146,9 +147,9 @@ def read_run(name: str, path: Path, overrides: tuple[str, ...] = ()) -> tuple[Ru
         typed = _read(safe_load.parse_yaml, path / ".hydra" / "overrides.yaml", ignored)
         run.overrides = tuple(map(str, typed)) if isinstance(typed, list) else ()
     config = _read(_read_settings, path / "config.yaml", damage)
-    run.config = None if config is None else dict(flat(config))
-    composed = flat(_read(_read_settings, path / ".hydra" / "config.yaml", ignored) or {})
-    run.references = {key: value for key, value in composed if isinstance(value, str) and "${" in value}
+    run.config = None if config is None else flatten(config)
+    composed = flatten(_read(_read_settings, path / ".hydra" / "config.yaml", ignored) or {})
+    run.references = {key: value for key, value in composed.items() if isinstance(value, str) and "${" in value}
     reported = _read_status(run, damage)
     scores, run.protocol, bad_lines = _read_quality(path / "quality.jsonl")
     losses, last_step, bad_rows = _read_metrics(path / "metrics.csv")
@@ -277,12 +278,3 @@ def _number(value: Any) -> float:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"metric": {"c": 1}}` -> ("metric.c", 1)."""
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from flat(value, f"{prefix}.{key}" if prefix else str(key))

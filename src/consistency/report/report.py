@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from consistency.io.atomic import atomic_write
 from consistency.report.figures import pictures
 from consistency.report.group import Groups, make_groups, readable, short_names
 from consistency.report.load import Study, read_study
@@ -106,9 +106,8 @@ def _write(out: Path, report: Report) -> None:
     earlier = re.findall(r"^!\[.*\]\(([\w.-]+\.png)\)$", written, re.MULTILINE)
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        partial = out / f".{name}.partial"
-        partial.write_bytes(data)
-        os.replace(partial, out / name)
+        with atomic_write(out / name) as partial:
+            partial.write_bytes(data)
     for name in set(earlier) - set(files):
         (out / name).unlink(missing_ok=True)
 

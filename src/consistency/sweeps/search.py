@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.commands.folder import status_of
 from consistency.config import is_neutral
 from consistency.io.atomic import write_text
+from consistency.io.nested import flatten
 from consistency.io.run_dir import locked
 from consistency.io.safe_load import first_line
 from consistency.sweeps.grid import Multirun, key
@@ -137,7 +138,7 @@ class SearchSweeper(Multirun):
             ValueError: with the settings that differ; what is or was searched may.
         """
         direction = "hydra.sweeper.direction"
-        settings = _flat(OmegaConf.to_container(self.config)).items()
+        settings = flatten(OmegaConf.to_container(self.config)).items()
         new = {name: value for name, value in settings if not is_neutral(name)}
         new |= {"objective": self.config.get("objective"), direction: self.direction}
         old = {**study.user_attrs.get("settings", new), direction: study.direction.name.lower()}
@@ -190,7 +191,7 @@ class SearchSweeper(Multirun):
             "direction": self.direction,
             "objective": self.config.get("objective"),
         }
-        pruning = _flat(callback).items()
+        pruning = flatten(callback).items()
         return [*overrides, *(f"+callbacks.prune.{name}={json.dumps(value)}" for name, value in pruning)]
 
     def _tell(self, study: Study, trial: Trial | FrozenTrial, run: Run) -> str | None:
@@ -260,9 +261,3 @@ class SearchSweeper(Multirun):
             "run": run or None,
             "error": error or status.get("error") if state in ("failed", "diverged") else None,
         }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}.{name}".lstrip(".")).items()}

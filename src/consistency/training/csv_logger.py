@@ -90,7 +90,6 @@ class CsvLogger(Logger):
         writer.writerows(rows[:-1])
         self._last_start = len(text.getvalue().encode())
         writer.writerows(rows[-1:])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, text.getvalue())
 
 
