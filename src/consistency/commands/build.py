@@ -63,7 +63,7 @@ def make_method(cfg: DictConfig) -> Method:
 def _refuse_unknown_options(method: DictConfig) -> None:
     """Name an option of a method's file that its class does not take, as a class that extends another file may not."""
     takes = inspect.signature(get_object(method._target_)).parameters
-    unknown = [name for name in method if not str(name).startswith("_") and name not in takes]
+    unknown = [name for name in map(str, method) if not name.startswith("_") and name not in takes]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         raise ValueError(
             f"{method._target_} does not take the option {unknown[0]}; leave it out with ~method.{unknown[0]}, or take "
